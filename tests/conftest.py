@@ -1,7 +1,8 @@
-"""Fixtures shared by every test: tiny random models and a tiny trained tokenizer, saved as folders, no network.
+"""Fixtures shared by every test: tiny random models and a tiny trained tokenizer in folders, no network.
 
 Folders (session-scoped, do not write into them):
-  tiny_policy_dir    Llama, byte-level BPE with a chat template; "Yes", " Yes", "YES", "No", " No", "NO", "ø" are one token each
+  tiny_policy_dir    Llama, byte-level BPE with a chat template; "Yes", " Yes", "YES", "No", " No", "NO" and
+                     "ø" are one token each
   tiny_base_dir      the same weights, tokenizer without chat template and without pad token (a base model)
   tiny_model_dirs    {"llama", "qwen2", "qwen3", "gemma3"} -> folder, all with the chat tokenizer
   tiny_dir           one of those four, parametrised: a test that takes it runs for every architecture
@@ -26,11 +27,11 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 CORPUS = [
-    "Is the answer correct? Answer: Yes. Answer: No. Yes\nNo\nYES NO yes no øYESø øNOø Response: øYESø Response: øNOø",
+    "Is the answer correct? Answer: Yes. Answer: No. Yes\nNo\nYES NO yes no øYESø øNOø Response: øYESø",
     'Does the reply use a list? (Yes or No) Yes No Yes No "Yes" "No" YES. NO. ø ø øYESø øNOø',
-    "Natalia sold 48 clips in April, and then she sold half as many clips in May. How many clips did she sell?",
+    "Natalia sold 48 clips in April, and then she sold half as many clips in May. How many did she sell?",
     "The final answer is \\boxed{72}. user assistant system Question: Reply: Solution: Problem: Evaluation:",
-    "How can I get better at cooking rice? Wash the rice, measure the water, and let it rest for ten minutes.",
+    "How can I get better at cooking rice? Wash the rice, measure the water, and let it rest ten minutes.",
     "First, 1. 2. 3. 4. 5. 6. 7. 8. 9. 0. Score from 0 to 4. Which is better, (a) or (b)? a b A B C D",
 ]
 
@@ -43,7 +44,7 @@ def _two_threads() -> None:
 
 
 def make_tokenizer(*, chat: bool) -> Any:
-    """Byte-level BPE (it can spell any text) trained on CORPUS; without `chat`: no template and no pad token."""
+    """Byte-level BPE (it can spell any text) trained on CORPUS; without `chat`: no template, no pad token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -74,7 +75,7 @@ def make_tokenizer(*, chat: bool) -> Any:
 
 
 def make_model(architecture: str, tokenizer: Any, seed: int = 0) -> Any:
-    """A random float32 model of a few thousand weights; its initial spread is wide enough for attention to matter."""
+    """A random float32 model of some 40,000 weights, spread widely enough for attention to matter."""
     import torch
     from transformers import (
         Gemma3ForCausalLM,
@@ -156,11 +157,8 @@ def tiny_word_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = [
-        "<unk>",
-        "<eos>",
-        *sorted({"yes", "no", "is", "the", "answer", "correct", "?", ".", ":", "question"}),
-    ]
+    words = ["<unk>", "<eos>", *"yes no is the answer correct question ? . :".split()]
+
     level = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     level.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(
