@@ -157,8 +157,7 @@ def tiny_word_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = ["<unk>", "<eos>", *"yes no is the answer correct question ? . :".split()]
-
+    words = ["<unk>", "<eos>", "yes", "no", "is", "the", "answer", "correct", "question", "?", ".", ":"]
     level = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     level.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(
