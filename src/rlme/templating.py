@@ -1,7 +1,7 @@
 """The one Jinja sandbox: prompts, evaluation templates and gold templates are all rendered here.
 
-Templates come from configuration files that people share, so they run sandboxed; what they insert (completions, data
-columns) is data and is never itself rendered.
+Templates come from configuration files that people share, so they run sandboxed; what they insert (completions,
+data columns) is data and is never itself rendered.
 """
 
 from collections.abc import Collection, Mapping
@@ -42,7 +42,7 @@ def _short(template: str) -> str:
 
 
 def undeclared(template: str, *, where: str = "template") -> set[str]:
-    """The names of the variables that `template` expects from outside; InputError when it is not valid Jinja."""
+    """The variables that `template` expects from outside; InputError when it is not valid Jinja."""
     return set(_parsed(template, where)[1])
 
 
@@ -55,7 +55,7 @@ def nearest(name: str, known: Collection[str]) -> str:
 def check_variables(template: str, known: Collection[str], *, where: str) -> None:
     """InputError that names the template, the variable and the known names if `template` uses an unknown one.
 
-    Every branch of the template counts, so that a misspelt name is found before the first row that reaches it.
+    Every branch of the template counts, so that a misspelt name is found before any row reaches it.
     """
     for name in sorted(undeclared(template, where=where) - set(known)):
         raise InputError(
@@ -73,16 +73,14 @@ def render(template: str, variables: Mapping[str, Any], *, where: str) -> str:
         where: what the template is, for messages ("data.prompt", "the question 'brief'", ...).
 
     Raises:
-        InputError: invalid syntax, an unknown variable (naming the nearest known one), or an operation that fails
-            or that the sandbox forbids.
+        InputError: invalid syntax, an unknown variable (naming the nearest known one), or an operation that
+            fails or that the sandbox forbids.
     """
     compiled, _ = _parsed(template, where)
     check_variables(template, variables, where=where)
     try:
         return compiled.render(**variables)
-    except (
-        Exception
-    ) as error:  # whatever fails inside a template is the template's fault, and its author's to mend
+    except Exception as error:  # whatever fails in a template is its author's to mend
         raise InputError(
             f"{where}: the template {_short(template)} cannot be rendered ({type(error).__name__}: {error})."
         ) from None
