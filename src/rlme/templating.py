@@ -1,7 +1,7 @@
 """The one Jinja sandbox: prompts, evaluation templates and gold templates are all rendered here.
 
-Templates come from configuration files that people share, so they run sandboxed; what they insert (completions,
-data columns) is data and is never itself rendered.
+Templates come from configuration files that people share, so they run sandboxed. What they insert
+(completions, columns of the data) is plain text and is never itself rendered.
 """
 
 from collections.abc import Collection, Mapping
