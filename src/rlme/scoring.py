@@ -1,0 +1,306 @@
+"""Log-probabilities of tokens after contexts that share prefixes: for judges (no gradient) and for the loss.
+
+Both run on `rlme.prefix_tree` where the model supports it, and on ordinary right-padded batches where it does
+not or where `share=False`. The two give the same numbers up to rounding. A model's first use compares them
+once; where they differ, sharing is off for that model from then on, with a warning that names the reason.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlme.lm_head import LMHead
+from rlme.prefix_tree import Ints, plan_packs, shared_length
+from rlme.tree_attention import TreeInputs, causal_lm, device_of, install, tree_unsupported_reason
+
+CHECK_TOKENS = 512  # the first use of a model compares both paths on a sample of about this many tokens
+TOLERANCE = 1e-3  # float32: largest difference of a token's log-probability, in nats
+LOW_PRECISION_TOLERANCE = 0.1  # bfloat16, float16, autocast: mean difference
+
+_checked: WeakKeyDictionary[PreTrainedModel, dict[bool, str | None]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """One forward pass: `hidden[P, D]` before the LM head, `paths[i][t]`: where in it token t of sequence i
+    lies.
+    """
+
+    hidden: Tensor
+    paths: list[Ints]
+    tokens: int  # positions computed, padding included
+
+
+def _hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
+    """[B, T, D] hidden states before the LM head.
+
+    The wrapped model is called, so that DDP, PEFT and autocast see an ordinary forward; logits of no position
+    are asked for, and a hook picks up what the backbone returned.
+    """
+    inner = causal_lm(model)
+    if "logits_to_keep" in inspect.signature(inner.forward).parameters:
+        inputs["logits_to_keep"] = torch.empty(0, dtype=torch.long, device=inputs["input_ids"].device)
+    found: list[Tensor] = []
+    hook = inner.base_model.register_forward_hook(lambda module, args, output: found.append(output[0]))
+    try:
+        model(**inputs)
+    finally:
+        hook.remove()
+    return found[-1]
+
+
+def _forward(model: nn.Module, sequences: Sequence[Sequence[int]], *, share: bool) -> Forward:
+    device = device_of(causal_lm(model))
+    if share:
+        tree = TreeInputs(sequences, device)
+        return Forward(_hidden_states(model, **tree.kwargs)[0], tree.paths, tree.tokens)
+    longest = max(map(len, sequences))
+    ids = np.zeros((len(sequences), longest), np.int64)
+    mask = np.zeros((len(sequences), longest), np.int64)
+    for i, sequence in enumerate(sequences):
+        ids[i, : len(sequence)], mask[i, : len(sequence)] = sequence, 1
+    hidden = _hidden_states(
+        model,
+        input_ids=torch.from_numpy(ids).to(device),
+        attention_mask=torch.from_numpy(mask).to(device),
+        use_cache=False,
+    )
+    paths = [i * longest + np.arange(len(sequence)) for i, sequence in enumerate(sequences)]
+    return Forward(hidden.flatten(0, 1), paths, ids.size)
+
+
+def _packs(sequences: Sequence[Sequence[int]], token_budget: int, *, share: bool) -> list[list[int]]:
+    """Indices of the sequences of each forward pass; padded batches hold rows of similar length."""
+    if share:
+        return plan_packs(sequences, token_budget)
+    packs: list[list[int]] = []
+    for i in sorted(range(len(sequences)), key=lambda i: len(sequences[i])):
+        if packs and (len(packs[-1]) + 1) * len(sequences[i]) <= token_budget:
+            packs[-1].append(i)
+        else:
+            packs.append([i])
+    return packs
+
+
+@torch.no_grad()
+def continuation_logprobs(
+    model: nn.Module,
+    contexts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[Sequence[int]]],
+    *,
+    token_budget: int = 8192,
+    share: bool = True,
+) -> tuple[list[list[float]], int]:
+    """Log-probability of each continuation after its context, and the number of tokens computed.
+
+    `continuations[i]` are the token sequences asked for after `contexts[i]`. A log-probability is summed over
+    the tokens of the continuation, at temperature 1, normalised over the whole vocabulary in float32. Where
+    the model yields no finite logits it is NaN. Contexts that share prefixes (identical ones, questions about
+    one answer, a question after another one's answer) are computed once; a single-token continuation costs no
+    token.
+
+    Memory is bounded by `token_budget` tokens in one forward pass (a single longer context excepted). Dropout
+    is off. Raises `ValueError` for an empty context or continuation.
+    """
+    if any(not context for context in contexts):
+        raise ValueError("a context is empty: there is nothing to continue")
+    if any(not continuation for asked in continuations for continuation in asked):
+        raise ValueError("a continuation is empty: it has no log-probability")
+    asked = [(i, tuple(c)) for i, asked in enumerate(continuations) for c in asked]
+    # The last token is only read, never computed on. Identical sequences are one.
+    needed = dict.fromkeys((*contexts[i], *continuation[:-1]) for i, continuation in asked)
+    sequences = list(needed)
+    number = {sequence: n for n, sequence in enumerate(sequences)}
+    readers: list[list[int]] = [[] for _ in sequences]
+    for a, (i, continuation) in enumerate(asked):
+        readers[number[(*contexts[i], *continuation[:-1])]].append(a)
+
+    scores = [math.nan] * len(asked)
+    computed = 0
+    with _evaluating(model):
+        share = share and _may_share(model, sequences, gradient=False)
+        head = LMHead(causal_lm(model))
+        for pack in _packs(sequences, token_budget, share=share):
+            forward = _forward(model, [sequences[n] for n in pack], share=share)
+            computed += forward.tokens
+            reads: list[int] = []  # the position in `hidden` before each token of each continuation
+            targets: list[int] = []
+            spans: list[tuple[int, int]] = []
+            for n, path in zip(pack, forward.paths, strict=True):
+                for a in readers[n]:
+                    i, continuation = asked[a]
+                    reads.extend(path[len(contexts[i]) - 1 :])
+                    targets.extend(continuation)
+                    spans.append((a, len(targets)))
+            logprobs = head.read(forward.hidden, torch.tensor(reads), torch.tensor(targets)).tolist()
+            start = 0
+            for a, stop in spans:
+                total = math.fsum(logprobs[start:stop])
+                scores[a], start = total if math.isfinite(total) else math.nan, stop
+    results = iter(scores)
+    return [[next(results) for _ in asked] for asked in continuations], computed
+
+
+def completion_logps(
+    model: nn.Module,
+    prompt_ids: Sequence[Sequence[int] | Tensor],
+    completion_ids: Sequence[Sequence[int] | Tensor],
+    *,
+    temperature: float = 1.0,
+    compute_entropy: bool = False,
+    token_budget: int | None = None,
+    share: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities (and entropies) of completion tokens, differentiable: one forward pass for one pack
+    of rows.
+
+    Row b is `prompt_ids[b]` followed by `completion_ids[b]`, both without padding; a completion may be empty.
+    Returns float32 tensors [B, C] where C is the longest completion, zero beyond a row's own length: what
+    TRL's `_compute_loss` expects. Logits are divided by `temperature` first. The prompt of a group is
+    computed once; no full logits tensor exists. Autocast is the caller's.
+
+    With a `token_budget` (for passes without gradient) the rows are computed in packs; with gradients, plan
+    packs with `plan_rows` and call backward after each, otherwise all their activations are held at once.
+    """
+    prompts = [_as_tuple(ids) for ids in prompt_ids]
+    completions = [_as_tuple(ids) for ids in completion_ids]
+    if any(not prompt for prompt in prompts):
+        raise ValueError("a prompt is empty: its first completion token has no context")
+    sequences = [p + c[:-1] for p, c in zip(prompts, completions, strict=True)]
+    share = share and _may_share(model, sequences, gradient=torch.is_grad_enabled())
+    rows = range(len(sequences))
+    packs = [list(rows)] if token_budget is None else _packs(sequences, token_budget, share=share)
+    head = LMHead(causal_lm(model))
+    filled: list[tuple[Tensor, Tensor | None]] = []
+    where: list[Tensor] = []
+    longest = max(map(len, completions), default=0)
+    for pack in packs:
+        forward = _forward(model, [sequences[b] for b in pack], share=share)
+        reads = [
+            path[len(prompts[b]) - 1 :][: len(completions[b])]
+            for b, path in zip(pack, forward.paths, strict=True)
+        ]
+        targets = [token for b in pack for token in completions[b]]
+        where.extend(b * longest + torch.arange(len(completions[b])) for b in pack)
+        read = torch.from_numpy(np.concatenate(reads)).to(forward.hidden.device)
+        wanted = torch.tensor(targets, dtype=torch.long)
+        filled.append(head.logps(forward.hidden.index_select(0, read), wanted, temperature, compute_entropy))
+    index = torch.cat(where) if where else torch.empty(0, dtype=torch.long)
+
+    def padded(values: list[Tensor]) -> Tensor:
+        flat = torch.cat(values)
+        empty = flat.new_zeros(len(sequences) * longest)
+        return empty.index_copy(0, index.to(flat.device), flat).view(len(sequences), longest)
+
+    entropies = [entropy for _, entropy in filled if entropy is not None]
+    return padded([logps for logps, _ in filled]), padded(entropies) if compute_entropy else None
+
+
+def plan_rows(
+    prompt_ids: Sequence[Sequence[int] | Tensor],
+    completion_ids: Sequence[Sequence[int] | Tensor],
+    token_budget: int,
+    *,
+    share: bool = True,
+) -> list[list[int]]:
+    """Split rows into packs of at most `token_budget` computed tokens, groups together where they fit."""
+    pairs = zip(prompt_ids, completion_ids, strict=True)
+    return _packs([_as_tuple(p) + _as_tuple(c)[:-1] for p, c in pairs], token_budget, share=share)
+
+
+def _as_tuple(ids: Sequence[int] | Tensor) -> tuple[int, ...]:
+    return tuple(ids.tolist() if isinstance(ids, Tensor) else ids)
+
+
+class _evaluating:
+    """Dropout off inside, the model's mode as before after."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.training = model, model.training
+
+    def __enter__(self) -> None:
+        if self.training:
+            self.model.eval()
+
+    def __exit__(self, *exception: object) -> None:
+        if self.training:
+            self.model.train()
+
+
+def _may_share(model: nn.Module, sequences: Sequence[Sequence[int]], *, gradient: bool) -> bool:
+    """Whether sharing is exact for this model: reasons known beforehand, then both paths compared, once."""
+    inner = causal_lm(model)
+    known = _checked.setdefault(inner, {})
+    if gradient not in known:
+        reason = tree_unsupported_reason(model)
+        if reason is None:
+            install(model)
+            sample = _sample(sequences)
+            reason = _disagreement(model, sample, gradient=gradient) if sample else None
+            if not sample:
+                return True  # nothing is shared here, so nothing can be compared: ask again next time
+        known[gradient] = reason
+        if reason is not None:
+            warnings.warn(
+                f"{type(inner).__name__}: prefixes are not shared (correct, but slower): {reason}",
+                stacklevel=3,
+            )
+    return known[gradient] is None
+
+
+def _sample(sequences: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+    """Two different sequences that share a prefix, cut to `CHECK_TOKENS`, or nothing where none do."""
+    ordered = sorted({tuple(sequence) for sequence in sequences})
+    best: list[Sequence[int]] = []
+    most = 0
+    for a, b in pairwise(ordered):
+        shared = shared_length(a, b)
+        length = min(len(a), len(b), CHECK_TOKENS)
+        if most < shared < length:
+            best, most = [a[:length], b[:length]], shared
+    return best
+
+
+def _disagreement(model: nn.Module, sample: list[Sequence[int]], *, gradient: bool) -> str | None:
+    """Compare log-probabilities and a gradient of both paths; the plain one takes the model's own logits."""
+    inner = causal_lm(model)
+    device = device_of(inner)
+    tokens = torch.tensor([list(sequence) for sequence in sample], device=device)
+    weights = [p for name, p in inner.named_parameters() if p.requires_grad and "embed" not in name][:1]
+    # Distributed wrappers do not allow torch.autograd.grad.
+    differentiable = gradient and bool(weights) and model is inner
+    try:
+        with torch.set_grad_enabled(differentiable), _evaluating(model):
+            plain = model(input_ids=tokens, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+            plain = plain.gather(-1, tokens[:, 1:, None])[..., 0].flatten()
+            forward = _forward(model, sample, share=True)
+            where = torch.from_numpy(np.concatenate([path[:-1] for path in forward.paths])).to(device)
+            hidden = forward.hidden.index_select(0, where)
+            ours, _ = LMHead(inner).logps(hidden, tokens[:, 1:].flatten(), 1.0, False)
+        rounding = inner.dtype != torch.float32 or torch.is_autocast_enabled(device.type)
+        differences = (plain - ours).detach().abs()
+        difference = float(differences.mean() if rounding else differences.max())
+        allowed = LOW_PRECISION_TOLERANCE if rounding else TOLERANCE
+        if not difference <= allowed and bool(plain.isfinite().all()):
+            return f"log-probabilities differ by {difference:.3g} (at most {allowed} is rounding)"
+        if differentiable:
+            expected = torch.autograd.grad(plain.sum(), weights)[0].float()
+            found = torch.autograd.grad(ours.sum(), weights)[0].float()
+            relative = float((expected - found).norm() / expected.norm().clamp_min(1e-12))
+            if not relative <= max(0.01, allowed):
+                return f"a gradient differs by {relative:.1%}"
+    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        return f"the shared pass failed: {error}"
+    return None

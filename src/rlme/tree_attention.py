@@ -1,0 +1,210 @@
+"""Attention over a row of shared prefixes (`rlme.prefix_tree`), inside an unchanged Hugging Face model.
+
+The model is called as always, with one row of tokens [1, S], their position ids, and the row's `TreeLayout`
+as an extra keyword argument. Transformers hands unknown keywords down to the attention function, and ours
+(registered through `AttentionInterface`, installed once per model) lets each token attend to its ancestors.
+Without a layout it is the attention the model had before, so generation and ordinary forwards do not change.
+The layout travels as an argument, not as state, so that gradient checkpointing recomputes with the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from rlme.prefix_tree import Ints, Tile, batch_tiles, build_row, plan_tiles, tile_mask
+
+PREFIX = "rlme_tree_"  # our attention over "sdpa" is registered as "rlme_tree_sdpa"
+ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+
+
+class TileBatch:
+    """N tiles padded to Lq queries and Lk keys: indices into the row, and masks per sliding window."""
+
+    def __init__(self, tiles: Sequence[Tile], positions: Ints, device: torch.device) -> None:
+        widest, longest = max(t.stop - t.start for t in tiles), max(len(t.keys) for t in tiles)
+        queries = np.zeros((len(tiles), widest), np.int64)
+        keys = np.zeros((len(tiles), longest), np.int64)
+        allowed = np.zeros((len(tiles), widest, longest), bool)
+        for i, tile in enumerate(tiles):
+            count = tile.stop - tile.start
+            queries[i, :count] = np.arange(tile.start, tile.stop)
+            keys[i, : len(tile.keys)] = tile.keys
+            allowed[i, :count, : len(tile.keys)] = tile_mask(tile)
+            allowed[i, count:, 0] = True  # padded queries attend somewhere: a softmax over nothing is NaN
+        self.shape = queries.shape[0], widest, longest
+        self.queries = torch.from_numpy(queries).to(device).flatten()
+        self.keys = torch.from_numpy(keys).to(device).flatten()
+        self.allowed = torch.from_numpy(allowed).to(device)
+        distance = positions[queries][:, :, None] - positions[keys][:, None, :]
+        self.distance = torch.from_numpy(distance).to(device)
+        self.masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """[N, 1, Lq, Lk] additive mask (0 or -inf), made once and used by all layers with this window."""
+        key = window, dtype
+        if key not in self.masks:
+            allowed = self.allowed if window is None else self.allowed & (self.distance < window)
+            self.masks[key] = torch.zeros(self.shape, dtype=dtype, device=allowed.device).masked_fill_(
+                ~allowed, float("-inf")
+            )[:, None]
+        return self.masks[key]
+
+
+class TreeLayout:
+    """What attention needs to know of a row: batches of tiles, and where in them each token's output lies."""
+
+    def __init__(self, tiles: Sequence[Tile], positions: Ints, device: torch.device) -> None:
+        batches = batch_tiles(tiles)
+        self.batches = [TileBatch(batch, positions, device) for batch in batches]
+        origin = np.zeros(len(positions), np.int64)
+        offset = 0
+        for batch, members in zip(self.batches, batches, strict=True):
+            for tile in members:
+                origin[tile.start : tile.stop] = offset + np.arange(tile.stop - tile.start)
+                offset += batch.shape[1]
+        self.origin = torch.from_numpy(origin).to(device)
+
+
+class TreeInputs:
+    """Token sequences ready for one forward pass: `model(**inputs.kwargs)` computes one row of S tokens."""
+
+    def __init__(self, sequences: Sequence[Sequence[int]], device: torch.device) -> None:
+        row = build_row(sequences)
+        self.paths = row.paths
+        self.tokens = len(row.tokens)
+        self.kwargs: dict[str, Any] = {
+            "input_ids": torch.from_numpy(row.tokens).to(device)[None],
+            "position_ids": torch.from_numpy(row.positions).to(device)[None],
+            # Transformers passes a 4D mask through as it is instead of building its own; the layout replaces
+            # it.
+            "attention_mask": torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device),
+            "tree_layout": TreeLayout(plan_tiles(row.runs), row.positions, device),
+            "use_cache": False,
+        }
+
+
+def tree_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: TreeLayout,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+) -> Tensor:
+    """Attention of every token of a row over its ancestors and itself.
+
+    `query`[1, H, S, d], `key` and `value`[1, K, S, d] with K key-value heads -> [1, S, H, d].
+    """
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [S, heads, d]
+    dim = query.shape[-1]
+    outputs = []
+    for batch in layout.batches:
+        count, widest, longest = batch.shape
+        q = query.index_select(0, batch.queries).view(count, widest, -1, dim).transpose(1, 2)
+        k = key.index_select(0, batch.keys).view(count, longest, -1, dim).transpose(1, 2)
+        v = value.index_select(0, batch.keys).view(count, longest, -1, dim).transpose(1, 2)
+        out = nn.functional.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=batch.mask(sliding_window, q.dtype),
+            dropout_p=dropout,
+            scale=scaling,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).index_select(0, layout.origin)[None]
+
+
+def _dispatch(base: str) -> Any:
+    attend_as_before = ALL_ATTENTION_FUNCTIONS[base]
+
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        tree_layout: TreeLayout | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if tree_layout is None:
+            output: tuple[Tensor, Tensor | None] = attend_as_before(
+                module, query, key, value, attention_mask, **kwargs
+            )
+            return output
+        refused = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+        if refused or kwargs.get("is_causal") is False:
+            raise NotImplementedError(f"attention with {', '.join(refused) or 'is_causal=False'}")
+        names = ("dropout", "scaling", "sliding_window")
+        options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        return tree_attention(module, query, key, value, tree_layout, **options), None
+
+    return attention
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The Hugging Face model inside wrappers (DDP, accelerate, PEFT)."""
+    while not isinstance(model, PreTrainedModel):
+        inner = model.get_base_model() if isinstance(model, PeftModel) else getattr(model, "module", None)
+        if not isinstance(inner, nn.Module):
+            raise TypeError(f"{type(model).__name__} wraps no transformers model")
+        model = inner
+    return model
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where a model wants its token ids."""
+    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
+    return device
+
+
+def install(model: nn.Module) -> None:
+    """Let a model accept `tree_layout`. Its ordinary behaviour stays as it is; a second call does nothing."""
+    inner = causal_lm(model)
+    base = inner.config._attn_implementation
+    if base.startswith(PREFIX):
+        return
+    name = PREFIX + base
+    AttentionInterface.register(name, _dispatch(base))
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    inner.set_attn_implementation(name)
+
+
+def tree_unsupported_reason(model: nn.Module) -> str | None:
+    """Why a model cannot run on shared prefixes, or None where nothing known speaks against it."""
+    try:
+        inner = causal_lm(model)
+    except TypeError as error:
+        return str(error)
+    config = inner.config.get_text_config()
+    layers = set(getattr(config, "layer_types", None) or []) - ATTENTION_LAYERS
+    attention = inner.config._attn_implementation or "eager"
+    if layers:
+        return f"it has layers of type {', '.join(sorted(layers))}"
+    if inner.config.is_encoder_decoder:
+        return "it is an encoder-decoder"
+    if not inner._supports_attention_backend:
+        return f"{type(inner).__name__} does not take a custom attention function"
+    if getattr(inner, "_is_stateful", False):
+        return "it has a recurrent state"
+    if attention.removeprefix(PREFIX) not in ALL_ATTENTION_FUNCTIONS:
+        return f"its attention implementation is {attention!r} (load it with attn_implementation='sdpa')"
+    for key in ("attn_logit_softcapping", "attention_chunk_size"):
+        if getattr(config, key, None):
+            return f"its configuration sets {key}"
+    for active in getattr(model, "peft_config", {}).values():
+        if active.is_prompt_learning:
+            return f"PEFT's {active.peft_type.value} adds tokens of its own"
+    return None
