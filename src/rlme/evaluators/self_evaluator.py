@@ -1,0 +1,42 @@
+"""The policy as its own evaluator: live (current weights) and frozen (weights at step 0), no second copy needed.
+
+Both borrow the trainer's model for the duration of a call, without gradient. With LoRA the frozen self is the base
+model with the adapter switched off; without it, the caller loads one frozen copy (a `LocalEvaluator`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from trl.models import unwrap_model_for_generation
+
+from rlme.evaluators.local import LocalEvaluator
+
+
+def live_evaluator(trainer: Any, *, name: str = "live", **options: Any) -> LocalEvaluator:
+    """The trainer's model as it is now. `trainer` is any TRL `GRPOTrainer`."""
+    return LocalEvaluator(lambda: _policy(trainer, adapter=True), trainer.processing_class, name=name, **options)
+
+
+def frozen_adapter_evaluator(trainer: Any, *, name: str = "frozen", **options: Any) -> LocalEvaluator:
+    """The trainer's PEFT model with its adapter off: the weights at step 0, without a second copy."""
+    return LocalEvaluator(lambda: _policy(trainer, adapter=False), trainer.processing_class, name=name, **options)
+
+
+@contextmanager
+def _policy(trainer: Any, *, adapter: bool) -> Iterator[Any]:
+    with unwrap_model_for_generation(
+        trainer.model_wrapped, trainer.accelerator, gather_deepspeed3_params=trainer.args.ds3_gather_for_generation
+    ) as model:
+        training = model.training
+        model.eval()
+        off = nullcontext() if adapter else model.disable_adapter()
+        bf16 = trainer.args.bf16 and model.dtype == torch.float32
+        try:
+            with off, torch.autocast(trainer.accelerator.device.type, torch.bfloat16, enabled=bf16):
+                yield model
+        finally:
+            model.train(training)

@@ -1,0 +1,268 @@
+"""The judge stage: completions in, judgements out.
+
+    samples x questions -> requests -> evaluator.logprobs -> read-out -> judgements
+
+The same stage serves training, `rlme ask`, the judge benchmark, best-of-n selection and the reward server.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlme.errors import InputError
+from rlme.evaluators.base import Evaluator
+from rlme.judgement import Answer, Failure, Judgement, Message, Request
+from rlme.questions import READOUTS, Question, Readout, ReadoutName, Template, find_template, log_sum_exp
+from rlme.templating import check_variables, render, undeclared
+
+# What every template may use besides the data columns.
+TEMPLATE_VARIABLES = (
+    "prompt", "completion", "context", "answer", "n_chars", "n_words", "n_tokens",
+    "question", "reply_format", "anchor", "previous",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One completion to be judged.
+
+    `prompt` is text or chat messages; `context` the exact text the policy continued (the rendered chat template, or
+    the prompt itself). `answer` is the extracted answer: "" when none was found, None when nothing is extracted.
+    `anchor` is the true answer if the evaluator may see it. `columns` are the data columns, never gold.
+    """
+
+    prompt: str | tuple[Message, ...]
+    completion: str
+    context: str = ""
+    answer: str | None = None
+    n_tokens: int = 0
+    anchor: str | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+    def prompt_text(self) -> str:
+        """The prompt as a person would read it: its text, or the contents of its turns."""
+        return self.prompt if isinstance(self.prompt, str) else "\n\n".join(m["content"] for m in self.prompt)
+
+    def variables(self) -> dict[str, Any]:
+        """What a template sees of this completion."""
+        return {
+            **self.columns,
+            "prompt": self.prompt_text(),
+            "completion": self.completion,
+            "context": self.context or self.prompt_text(),
+            "answer": self.answer,
+            "n_chars": len(self.completion),
+            "n_words": len(self.completion.split()),
+            "n_tokens": self.n_tokens,
+            "anchor": self.anchor,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Judging:
+    """How questions are asked: the defaults of template and read-out, and whether all stand in one block."""
+
+    template: str | Template = "auto"
+    readout: ReadoutName = "auto"
+    joint: bool = False
+    reason_tokens: int = 128
+    reason_then: ReadoutName = "yes_no"
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """One question as one evaluator is asked it; `continuations` are the spellings of all labels, flat."""
+
+    question: Question
+    template: Template
+    readout: Readout
+    reason: bool
+    spellings: dict[str, tuple[str, ...]]
+    continuations: tuple[str, ...]
+
+
+def plan_questions(evaluator: Evaluator, questions: Sequence[Question], judging: Judging) -> list[_Plan]:
+    """Settle template, read-out and label spellings of each question for this evaluator.
+
+    Raises `InputError` when the evaluator cannot write a label, or the template does not fit the mode.
+    """
+    plans = []
+    for question in questions:
+        template = find_template(question.template or judging.template, chat=evaluator.chat)
+        name = question.readout or judging.readout
+        reason = name == "reason"
+        if reason:
+            name = judging.reason_then
+        if name == "auto":
+            name = "marker" if template.kind == "text" else "yes_no"
+        readout = READOUTS[name]
+        if judging.joint and not template.joint:
+            raise InputError(
+                f"question {question.name!r}: judging.joint needs a template that shows `previous` questions, "
+                "such as paper or reply; this one does not"
+            )
+        if judging.joint and reason:
+            raise InputError(f"question {question.name!r}: the read-out reason cannot be asked jointly")
+        # Spellings are settled over all labels at once: one label's spelling must not contain another's.
+        kept = set(evaluator.spellings([s for spellings in readout.labels.values() for s in spellings]))
+        spellings = {label: tuple(s for s in ss if s in kept) for label, ss in readout.labels.items()}
+        if missing := next((label for label, ss in spellings.items() if not ss), None):
+            tried = ", ".join(repr(s) for s in readout.labels[missing])
+            raise InputError(
+                f"evaluator {evaluator.name!r}: its tokenizer cannot spell the label {missing!r} "
+                f"(tried {tried}); choose another `readout` or evaluator"
+            )
+        flat = tuple(s for ss in spellings.values() for s in ss)
+        plans.append(_Plan(question, template, readout, reason, spellings, flat))
+    return plans
+
+
+def check_templates(questions: Sequence[Question], judging: Judging, columns: Sequence[str]) -> None:
+    """Refuse, before anything is computed, a template or question that uses a name which is no column or variable."""
+    known = {*TEMPLATE_VARIABLES, *columns}
+    for question in questions:
+        where = f"question {question.name!r}"
+        check_variables(question.ask, known - {"question", "previous"}, where=where)
+        for chat in (False, True):
+            template = find_template(question.template or judging.template, chat=chat)
+            check_variables(template.text, known, where=f"{where}, template")
+
+
+def judge(
+    samples: Sequence[Sample],
+    questions: Sequence[Question],
+    evaluators: Sequence[Evaluator],
+    judging: Judging | None = None,
+) -> list[list[Judgement]]:
+    """Ask every evaluator every question about every completion.
+
+    Returns, per sample, J * K judgements: evaluator-major, questions in their order (N lists of J * K).
+    All requests to one evaluator go in one call, so that shared prefixes are computed once.
+    """
+    judging = judging or Judging()
+    judgements: list[list[Judgement]] = [[] for _ in samples]
+    for evaluator in evaluators:
+        for row, verdicts in zip(judgements, _ask(evaluator, samples, questions, judging), strict=True):
+            row.extend(verdicts)
+    return judgements
+
+
+def _ask(
+    evaluator: Evaluator, samples: Sequence[Sample], questions: Sequence[Question], judging: Judging
+) -> list[list[Judgement]]:
+    plans = plan_questions(evaluator, questions, judging)
+    requests: list[Request | Answer] = []  # an Answer stands for a request that could not be made
+    for sample in samples:
+        variables = sample.variables()
+        previous: list[dict[str, str]] = []
+        for plan in plans:
+            try:
+                ask = plan.question.ask
+                # A question may use the template's variables, e.g. {{ n_chars }} or {{ reference }}.
+                if undeclared(ask):
+                    ask = render(ask, variables, where=f"question {plan.question.name!r}")
+                requests.append(_request(sample, plan, ask, variables, previous if judging.joint else []))
+                previous.append({"question": ask, "reply": plan.readout.reply(plan.question.target)})
+            except InputError as error:
+                requests.append(Answer.failed(Failure.TEMPLATE, str(error)))
+
+    critiques: dict[int, str] = {}
+    reasons = [i for i, r in enumerate(requests) if plans[i % len(plans)].reason and isinstance(r, Request)]
+    if reasons:
+        _reason(evaluator, requests, reasons, plans, judging, critiques)
+
+    made = [(i, r) for i, r in enumerate(requests) if isinstance(r, Request)]
+    answers: list[Answer] = [r if isinstance(r, Answer) else Answer(None) for r in requests]
+    for (i, _), answer in zip(made, evaluator.logprobs([r for _, r in made]), strict=True):
+        answers[i] = answer
+
+    verdicts = [
+        read(answer, plans[i % len(plans)], evaluator.name, critiques.get(i)) for i, answer in enumerate(answers)
+    ]
+    k = len(plans)
+    return [verdicts[i * k : (i + 1) * k] for i in range(len(samples))]
+
+
+def _request(
+    sample: Sample, plan: _Plan, ask: str, variables: dict[str, Any], previous: list[dict[str, str]]
+) -> Request:
+    reply_format = "a short critique" if plan.reason else plan.readout.reply_format
+    text = render(
+        plan.template.text,
+        variables | {"question": ask, "previous": list(previous), "reply_format": reply_format},
+        where=f"the template of question {plan.question.name!r}",
+    )
+    prefill = "" if plan.reason else plan.readout.prefill
+    if plan.template.kind == "text":
+        if prefill and not text.endswith(prefill):
+            text += prefill if text[-1:].isspace() else " " + prefill
+        return Request(text, plan.continuations)
+    turn: Message = {"role": "user", "content": text}
+    if plan.template.kind == "message":
+        return Request((turn,), plan.continuations, prefill)
+    prompt: tuple[Message, ...] = (
+        ({"role": "user", "content": sample.prompt},) if isinstance(sample.prompt, str) else tuple(sample.prompt)
+    )
+    reply: Message = {"role": "assistant", "content": sample.completion}
+    return Request((*prompt, reply, turn), plan.continuations, prefill)
+
+
+def _reason(
+    evaluator: Evaluator,
+    requests: list[Request | Answer],
+    reasons: list[int],
+    plans: list[_Plan],
+    judging: Judging,
+    critiques: dict[int, str],
+) -> None:
+    """Have a critique written first, then ask for the verdict after it (in place)."""
+    asked = [r for i in reasons if isinstance(r := requests[i], Request)]
+    written = evaluator.write(asked, max_tokens=judging.reason_tokens)
+    for i, request, critique in zip(reasons, asked, written, strict=True):
+        if isinstance(critique, Failure):
+            requests[i] = Answer.failed(critique, "no critique could be written")
+            continue
+        plan = plans[i % len(plans)]
+        critiques[i] = critique.strip()
+        verdict = f"Verdict ({plan.readout.reply_format}):"
+        if isinstance(request.context, str):
+            tail = f"{request.context} {critiques[i]}\n{verdict}"
+            tail += f" {plan.readout.prefill}" if plan.readout.prefill else ""
+            requests[i] = Request(tail, plan.continuations)
+        else:
+            turns: tuple[Message, ...] = (
+                {"role": "assistant", "content": critiques[i]},
+                {"role": "user", "content": f"Now give only the verdict: {plan.readout.reply_format}."},
+            )
+            requests[i] = Request((*request.context, *turns), plan.continuations, plan.readout.prefill)
+
+
+def read(answer: Answer, plan: _Plan, evaluator: str, critique: str | None = None) -> Judgement:
+    """Apply the read-out to one answer; a missing, infinite or NaN log-probability is a failure."""
+    base: dict[str, Any] = {
+        "evaluator": evaluator,
+        "question": plan.question.name,
+        "critique": critique,
+        "detail": answer.detail,
+        "tokens_in": answer.tokens_in,
+        "tokens_cached": answer.tokens_cached,
+        "tokens_out": answer.tokens_out,
+        "cost": answer.cost,
+    }
+    if answer.logprobs is None:
+        return Judgement(score=None, failure=answer.failure or Failure.MALFORMED, **base)
+    if any(math.isnan(lp) or lp == math.inf or lp > 1e-3 for lp in answer.logprobs):
+        return Judgement(score=None, failure=Failure.NOT_A_NUMBER, **base)
+    values = dict(zip(plan.continuations, answer.logprobs, strict=True))
+    labels = {label: log_sum_exp([values[s] for s in ss]) for label, ss in plan.spellings.items()}
+    total = log_sum_exp(list(labels.values()))
+    if math.isinf(total) or math.isinf(labels.get(plan.question.target, total)):
+        # log 0: the number exists in principle, but no finite reward can be made of it
+        return Judgement(score=None, failure=Failure.NOT_A_NUMBER, **base)
+    score, probability = plan.readout.score(labels, plan.question.target)
+    return Judgement(
+        score=score, probability=probability, logprobs=labels, mass=min(1.0, math.exp(total)), **base
+    )

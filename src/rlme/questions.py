@@ -1,0 +1,173 @@
+"""Questions, the templates they are asked in, and the read-outs that turn log-probabilities into a number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rlme.errors import InputError
+from rlme.templating import undeclared
+
+MARKER = "ø"  # U+00F8: rare, and one token in most vocabularies (RLME, App. B)
+
+ReadoutName = Literal["auto", "marker", "yes_no", "scale", "reason"]
+Kind = Literal["text", "turn", "message"]
+
+RATINGS = ("0", "1", "2", "3", "4")
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """An evaluation template: Jinja `text`, and where it goes.
+
+    `text`: the whole context as text to continue. `turn`: the user's next turn after prompt and completion (chat).
+    `message`: one user message with everything in it (chat).
+    """
+
+    kind: Kind
+    text: str
+
+    @property
+    def joint(self) -> bool:
+        """Whether questions can follow each other in one block."""
+        return "previous" in undeclared(self.text)
+
+
+_ANCHOR = "{% if anchor is not none %}The correct answer is {{ anchor }}.\n{% endif %}"
+
+# The paper's template continues the policy's own text: a header, the rules, what was measured, the question.
+PAPER = Template(
+    "text",
+    "{{ context }}{{ completion }}\n"
+    "---------Evaluation---------\n"
+    "Judge the solution above. Write {{ reply_format }} and nothing else. "
+    "A solution whose answer cannot be found because of its form is wrong.\n"
+    "About the solution: {% if answer is not none %}the extracted answer is {{ answer or 'missing' }}; {% endif %}"
+    "it has {{ n_chars }} characters.\n" + _ANCHOR + "\n"
+    "{% for q in previous %}{{ q.question }}\nResponse: {{ q.reply }}\n\n{% endfor %}"
+    "{{ question }}\nResponse:",
+)
+
+REPLY = Template(
+    "text",
+    "Message: {{ prompt }}\n"
+    'Reply: "{{ completion | trim }}"\n' + _ANCHOR + "\n"
+    "{% for q in previous %}Question: {{ q.question }} ({{ reply_format }})\nAnswer: {{ q.reply }}\n\n{% endfor %}"
+    "Question: {{ question }} ({{ reply_format }})\n"
+    "Answer:",
+)
+
+CHAT = Template(
+    "turn",
+    "Now judge your last message as a strict, impartial examiner. It has {{ n_chars }} characters"
+    "{% if answer is not none %} and its extracted answer is {{ answer or 'missing' }}{% endif %}. "
+    "{% if anchor is not none %}The correct answer is {{ anchor }}. {% endif %}\n"
+    "{{ question }}\n"
+    "Answer with {{ reply_format }} and nothing else.",
+)
+
+JUDGE = Template(
+    "message",
+    "Here is a message and a reply to it.\n\n"
+    "### Message\n{{ prompt }}\n\n"
+    "### Reply\n{{ completion }}\n\n"
+    "### Question about the reply\n"
+    "{% if anchor is not none %}The correct answer is {{ anchor }}. {% endif %}{{ question }}\n"
+    "Answer with {{ reply_format }} and nothing else.",
+)
+
+TEMPLATES = {"paper": PAPER, "reply": REPLY, "chat": CHAT, "judge": JUDGE}
+
+
+def find_template(template: str | Template, *, chat: bool) -> Template:
+    """The template called `template` (or the Jinja text it is), for an evaluator asked through chat or by text."""
+    if isinstance(template, Template):
+        return template
+    if template == "auto":
+        return CHAT if chat else PAPER
+    if template in TEMPLATES:
+        return TEMPLATES[template]
+    if "{{" in template:
+        return Template("message" if chat else "text", template)
+    raise InputError(
+        f"template {template!r} is unknown: expected auto, {', '.join(TEMPLATES)}, or a Jinja text with {{{{ ... }}}}"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A meta-question q_k: its text, weight w_k, target answer a_k, and (optionally) its own template and read-out."""
+
+    ask: str
+    name: str = ""
+    weight: float = 1.0
+    target: str = "YES"
+    template: str | Template | None = None
+    readout: ReadoutName | None = None
+
+    def __post_init__(self) -> None:
+        if self.target.upper() not in ("YES", "NO"):
+            raise InputError(f"question {self.name or self.ask!r}: target is {self.target!r}, expected YES or NO")
+        object.__setattr__(self, "target", self.target.upper())
+        if not self.name:
+            object.__setattr__(self, "name", self.ask)
+
+
+@dataclass(frozen=True, slots=True)
+class Readout:
+    """How an answer becomes a number.
+
+    `labels` maps each label to the spellings whose probabilities are summed. `prefill` is written before the answer.
+    """
+
+    name: Literal["marker", "yes_no", "scale"]
+    prefill: str
+    labels: dict[str, tuple[str, ...]]
+    reply_format: str
+
+    def score(self, logprobs: dict[str, float], target: str) -> tuple[float, float]:
+        """(score, probability of the target) from the labels' log-probabilities (natural log).
+
+        marker: log p(target), not renormalised (RLME eq. 2-3). yes_no: log of p(target) over the labels' sum.
+        scale: expected rating in [0, 4] over the ratings' sum; a target of NO turns the scale around.
+        """
+        if self.name == "marker":
+            return logprobs[target], math.exp(logprobs[target])
+        total = log_sum_exp(list(logprobs.values()))
+        if self.name == "yes_no":
+            score = logprobs[target] - total
+            return score, math.exp(score)
+        expected = sum(int(label) * math.exp(lp - total) for label, lp in logprobs.items())
+        expected = expected if target == "YES" else 4 - expected
+        return expected, expected / 4
+
+    def reply(self, target: str) -> str:
+        """The full text of a given answer, as it stands in a joint block."""
+        return f"{MARKER}{target}{MARKER}" if self.name == "marker" else target
+
+
+def _spellings(label: str) -> tuple[str, ...]:
+    words = (label, label.capitalize(), label.lower())
+    return tuple(dict.fromkeys(s for word in words for s in (word, " " + word)))
+
+
+READOUTS = {
+    "marker": Readout(
+        "marker",
+        MARKER,
+        {label: (label + MARKER,) for label in ("YES", "NO")},
+        f"{MARKER}YES{MARKER} or {MARKER}NO{MARKER}",
+    ),
+    "yes_no": Readout("yes_no", "", {label: _spellings(label) for label in ("YES", "NO")}, "Yes or No"),
+    "scale": Readout("scale", "", {r: (r, " " + r) for r in RATINGS}, "a whole number from 0 (not at all) to 4 (fully)"),
+}
+
+
+def log_sum_exp(values: Sequence[float]) -> float:
+    """log(sum(exp(values))) in double precision; -inf for nothing."""
+    top = max(values, default=-math.inf)
+    if math.isinf(top):
+        return top
+    return top + math.log(sum(math.exp(v - top) for v in values))

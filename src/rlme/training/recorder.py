@@ -1,0 +1,193 @@
+"""From TRL's logs to a run's record: one metrics line a step, rollouts, held-out measurements, the display."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from transformers import TrainerCallback
+
+from rlme.data import PromptSet
+from rlme.reward import Row, judgement_metrics
+from rlme.training.monitors import Alarm, batch_monitors
+from rlme.training.run_folder import RunFolder
+from rlme.training.trainer import RLMETrainer
+
+# TRL's name -> ours; what is not here and has no slash of ours is not written.
+_NAMES = {
+    "loss": "loss",
+    "grad_norm": "grad_norm",
+    "learning_rate": "learning_rate",
+    "entropy": "entropy",
+    "kl": "kl",
+    "cispo_clip_ratio": "clip_ratio",
+    "clip_ratio/region_mean": "clip_ratio",
+    "reward": "reward",
+    "reward_std": "reward_std",
+    "frac_reward_zero_std": "frac_groups_flat",
+    "completions/mean_length": "completions/mean_tokens",
+}
+
+Record = dict[str, Any]
+
+
+class Recorder(TrainerCallback):
+    """Writes the run folder while the trainer works. Only the main process writes; all take part in measuring."""
+
+    def __init__(
+        self,
+        trainer: RLMETrainer,
+        folder: RunFolder,
+        *,
+        held_out: PromptSet | None,
+        eval_every: int,
+        on_alarm: str,
+        load_seconds: float,
+        on_step: Callable[[Record, list[Row]], None],
+    ) -> None:
+        self.trainer, self.folder = trainer, folder
+        self.held_out, self.eval_every, self.on_alarm = held_out, eval_every, on_alarm
+        self.load_seconds = load_seconds
+        self.on_step = on_step
+        self.alarm = Alarm()
+        self.rows: list[Row] = []
+        self.stopped_by: str | None = None
+        self._step_started = time.perf_counter()
+        self._started = self._step_started
+        trainer.on_rollouts = self.on_rollouts
+
+    def on_rollouts(self, step: int, rows: list[Row]) -> None:
+        """A batch was judged: write it at once."""
+        self.rows = rows
+        if self.trainer.accelerator.is_main_process:
+            self.folder.write_rows(rows, step)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure the starting model, unless a resumed run already has."""
+        for record in self.folder.read_lines():
+            self._watch(record)  # the alarm's window belongs to the state
+        if state.global_step == 0 and self.held_out is not None:
+            self._write({"step": 0, "time/load": self.load_seconds, **self.measure(0)}, [])
+        self._step_started = time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Record | None = None, **kwargs: Any) -> None:
+        """After each update."""
+        if logs is None or "loss" not in logs:
+            return
+        step = state.global_step
+        record: Record = {"step": step}
+        record |= {ours: logs[theirs] for theirs, ours in _NAMES.items() if logs.get(theirs) is not None}
+        if self.rows:
+            record |= judgement_metrics(self.rows) | batch_monitors(self.rows)
+        record |= self._costs()
+        if step == 1:
+            record["time/load"] = self.load_seconds
+        if self.held_out is not None and (step % self.eval_every == 0 or step == state.max_steps):
+            record |= self.measure(step)
+        if alarm := self._watch(record):
+            record["alarm"] = alarm
+            control.should_save = True
+            if self.on_alarm == "stop":
+                self.stopped_by = alarm
+                control.should_training_stop = True
+        self._write(record, self.rows)
+        self.rows = []
+        self._step_started = time.perf_counter()
+
+    def _watch(self, record: Record) -> str | None:
+        held_out = {k: v for k, v in record.items() if k in ("gold/accuracy", "eval/gold/accuracy")}
+        weights = self.trainer.reward.weights
+        names = [
+            f"{e.name}/{q.name}" for e in self.trainer.reward.evaluators(self.trainer) for q in self.trainer.reward.questions
+        ]
+        for name, weight in zip(names, weights, strict=False):
+            if weight == 0:
+                key = f"judge/{name}/probability"
+                held_out |= {k: record[k] for k in (key, f"eval/{key}") if k in record}
+        return self.alarm.update(record["step"], record.get("reward"), held_out)
+
+    def _write(self, record: Record, rows: list[Row]) -> None:
+        record = {k: v for k, v in record.items() if not isinstance(v, float) or math.isfinite(v)}
+        if self.trainer.accelerator.is_main_process:
+            self.folder.append_metrics(record)
+            self.on_step(record, rows)
+
+    def _costs(self) -> Record:
+        """Seconds, tokens and memory of the step that has just ended."""
+        now = time.perf_counter()
+        step, timings, counts = now - self._step_started, self.trainer.timings, self.trainer.counts
+        record: Record = {f"time/{stage}": seconds for stage, seconds in timings.items()}
+        record["time/other"] = max(0.0, step - sum(timings.values()))
+        record["time/step"] = step
+        record["time/elapsed"] = now - self._started
+        record |= {f"tokens/{what}": n for what, n in counts.items()}
+        for stage, what in (("sample", "sampled"), ("judge", "judged_in"), ("update", "trained")):
+            if timings.get(stage):
+                record[f"tokens_per_second/{stage}"] = counts.get(what, 0) / timings[stage]
+        cost = sum(j["cost"] for row in self.rows for j in row["judgements"])
+        if cost:
+            record["cost/step"] = cost
+        record["memory/peak_mb"] = peak_memory_mb()
+        self.trainer.timings, self.trainer.counts = {}, {}
+        return record
+
+    def measure(self, step: int) -> Record:
+        """Sample and judge the held-out prompts once each; nothing of this reaches the reward or the random state of
+        training. Returns eval/... metrics."""
+        assert self.held_out is not None
+        trainer = self.trainer
+        started = time.perf_counter()
+        timings, counts, metrics = trainer.timings, trainer.counts, trainer._metrics["eval"]
+        trainer.timings, trainer.counts = {}, {}
+        training = trainer.model.training
+        trainer.model.eval()
+        world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
+        mine = list(self.held_out)[rank::world]
+        rows: list[Row] = []
+        batch = trainer.args.per_device_train_batch_size
+        state = torch.get_rng_state()
+        for start in range(0, len(mine), batch):
+            part = mine[start : start + batch]
+            prompts = [p.prompt for p in part]
+            _, ids, _, completions, *_ = trainer._generate(prompts)
+            columns = {
+                "gold": [p.gold for p in part],
+                "columns": [p.columns_json() for p in part],
+            }
+            if trainer.reward.answer is None:
+                del columns["gold"]
+            trainer.reward.score(
+                prompts, completions, ids, trainer=trainer, columns=columns, enforce_failure_rate=False
+            )
+            for prompt, row, cut in zip(part, trainer.reward.rows, trainer._truncated, strict=True):
+                rows.append(row | {"prompt_index": prompt.index, "sample": 0, "truncated": cut, "advantage": None})
+        torch.set_rng_state(state)
+        trainer.model.train(training)
+        metrics.clear()
+        trainer.timings, trainer.counts = timings, counts
+        rows = sorted(gather_object(rows), key=lambda r: r["prompt_index"])
+        if trainer.accelerator.is_main_process:
+            self.folder.write_rows(rows, step, held_out=True)
+        record = judgement_metrics(rows) | batch_monitors(rows)
+        rewards = [r["reward"] for r in rows if r["reward"] is not None]
+        if rewards:
+            record["reward"] = math.fsum(rewards) / len(rewards)
+        record["completions/mean_tokens"] = sum(r["tokens"] for r in rows) / len(rows)
+        result = {f"eval/{key}": value for key, value in record.items()}
+        result["time/measure"] = time.perf_counter() - started
+        return result
+
+
+def peak_memory_mb() -> float:
+    """Most memory held so far, in MiB: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+

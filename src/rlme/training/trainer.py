@@ -1,0 +1,338 @@
+"""The training loop: TRL's `GRPOTrainer` with our sampling, our loss computation and one reward.
+
+    prompts --sample--> completions --judge--> judgements --aggregate--> rewards --(TRL)--> advantages --update--> policy
+
+TRL keeps the loop, the distribution, the optimiser and every loss formula. Three of its methods are replaced, each by
+an equal but cheaper computation over shared prefixes: `_generate_single_turn`, `_get_per_token_logps_and_entropies`,
+and `training_step` (one backward pass per pack of whole groups instead of per fixed number of rows).
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType, gather_object
+from torch.nn.functional import pad
+from trl import GRPOTrainer
+from trl.models import unwrap_model_for_generation
+
+from rlme.reward import MetaReward, Row
+from rlme.sampling import sample
+from rlme.scoring import completion_logps, plan_rows
+from rlme.training.order import PromptOrder
+
+# How a pack's loss adds up to the batch's, by TRL's `loss_type`: these already divide by the whole batch's tokens;
+# the others are means over the pack's sequences (or, bnpo, tokens).
+_SUMS = ("cispo", "dapo", "vespo")
+
+
+class RLMETrainer(GRPOTrainer):
+    """GRPO with a reward made of questions (RLME sec. 3; eqs. 3, 5, 7, 8).
+
+    Args:
+        reward: the `MetaReward`; it is TRL's only reward function.
+        share_prefixes: compute the prompt of a group once in sampling and loss. Models that cannot are served by the
+            plain path, with a warning that names the reason.
+        token_budget: tokens in one forward-backward pass; whole groups are kept together where they fit.
+        checkpoint_done: called with a checkpoint's folder when everything is in it.
+        on_rollouts: called with (step, rows) as soon as a batch is judged; `step` is the first update that uses it.
+        stop_strings: a completion ends after any of these.
+        Everything else as in `trl.GRPOTrainer`.
+    """
+
+    _tag_names = ["rlme", "trl", "grpo"]  # noqa: RUF012 - TRL's class attribute
+
+    def __init__(
+        self,
+        model: Any,
+        reward: MetaReward,
+        *,
+        share_prefixes: bool = True,
+        token_budget: int = 8192,
+        stop_strings: list[str] | None = None,
+        on_rollouts: Callable[[int, list[Row]], None] | None = None,
+        checkpoint_done: Callable[[Path], None] | None = None,
+        **trl_arguments: Any,
+    ) -> None:
+        self.reward = reward
+        self.share_prefixes = share_prefixes
+        self.token_budget = token_budget
+        self.stop_strings = stop_strings or []
+        self.on_rollouts = on_rollouts
+        self.checkpoint_done = checkpoint_done
+        self.timings: dict[str, float] = {}
+        """Seconds of each stage since the last update's metrics were written: sample, judge, update."""
+        self.counts: dict[str, int] = {}
+        """Tokens of each stage since then: sampled, judged (computed), judged_in (asked about), trained."""
+        self._truncated: list[bool] = []
+        self._sampled_logps: list[list[float]] | None = None
+        super().__init__(model, reward_funcs=[reward], **trl_arguments)
+
+    # -- data order -------------------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        return PromptOrder(
+            prompts=len(dataset if dataset is not None else self.train_dataset),
+            prompts_per_batch=self.args.generation_batch_size // self.num_generations,
+            group_size=self.num_generations,
+            repeats=self.num_iterations * self.args.steps_per_generation,
+            batches=self._generation_batches(),
+            seed=self.args.seed,
+        )
+
+    def _generation_batches(self) -> int:
+        micro_steps = max(1, self.args.max_steps) * self.args.gradient_accumulation_steps
+        per_generation = self.num_iterations * self.args.steps_per_generation
+        return -(-micro_steps // per_generation)
+
+    # -- sample -----------------------------------------------------------------------------------------------------
+
+    def _generate_single_turn(
+        self, prompt_ids: Any, images: Any, multimodal_fields: Any, num_generations: int, has_tool_images: bool = False
+    ) -> Any:
+        with self._timed("sample"):
+            if not self.share_prefixes or self.use_vllm or self.use_transformers_continuous_batching or images:
+                completion_ids, logprobs = super()._generate_single_turn(
+                    prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+                )
+                ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+                self._truncated = [not ids or ids[-1] not in ends for ids in completion_ids]
+            else:
+                completion_ids, logprobs = self._sample(prompt_ids)
+        self._count("sampled", sum(map(len, completion_ids)))
+        return completion_ids, logprobs
+
+    def _sample(self, prompt_ids: list[list[int]]) -> tuple[list[list[int]], None]:
+        learning, seed = self.model.training, self._sampling_seed()
+        prompts, counts = [], []
+        for ids in prompt_ids:  # a group's copies of its prompt follow one another
+            if prompts and ids == prompts[-1]:
+                counts[-1] += 1
+            else:
+                prompts.append(ids)
+                counts.append(1)
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            torch.no_grad(),
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+        ):
+            training = model.training  # sampling wants no dropout
+            model.eval()
+            groups = sample(
+                model,
+                prompts,
+                counts,
+                max_new_tokens=self.max_completion_length,
+                temperature=self.temperature,
+                top_p=self.top_p,
+                top_k=self.top_k,
+                min_p=self.min_p,
+                repetition_penalty=self.repetition_penalty,
+                eos_token_ids=self.eos_token_ids,
+                stop_strings=self.stop_strings,
+                tokenizer=self._tokenizer,
+                seed=seed,
+                dtype=torch.bfloat16 if self.args.bf16 else None,
+            )
+            model.train(training)
+        drawn = [one for group in groups for one in group]
+        self._truncated = [not one.finished for one in drawn]
+        # Under the plain distribution the sampled log-probs are the policy's own: TRL need not recompute them.
+        plain = self.top_p == 1 and not self.top_k and not self.min_p and self.repetition_penalty == 1
+        self._sampled_logps = [one.logprobs for one in drawn] if plain and learning else None
+        return [one.ids for one in drawn], None
+
+    def _sampling_seed(self) -> int:
+        """A function of run seed, batch and process alone, so that a resumed run draws the same completions."""
+        stage, batch = ("train", self._step) if self.model.training else ("eval", self.state.global_step)
+        return random.Random(f"{self.args.seed}-{stage}-{batch}-{self.accelerator.process_index}").getrandbits(63)
+
+    # -- judge ------------------------------------------------------------------------------------------------------
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Any:
+        evaluators = self.reward.evaluators(self) if self.reward.questions else []
+        before = sum(getattr(e, "tokens_computed", 0) for e in evaluators)
+        with self._timed("judge"):
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._count("judged", sum(getattr(e, "tokens_computed", 0) for e in evaluators) - before)
+        self._count("judged_in", sum(j["tokens_in"] for row in self.reward.rows for j in row["judgements"]))
+        return rewards
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        self._sampled_logps = None
+        batch = super()._generate_and_score_completions(inputs)
+        rows = self.reward.rows
+        for i, (row, example) in enumerate(zip(rows, inputs, strict=True)):
+            row["prompt_index"] = int(example.get("prompt_index", -1))
+            row["sample"] = (self.accelerator.process_index * len(rows) + i) % self.num_generations
+            row["truncated"] = self._truncated[i]
+            row["advantage"] = None if row["reward"] is None else batch["advantages"][i].item()
+        missing = torch.tensor([row["reward"] is None for row in rows], device=self.accelerator.device)
+        if missing.any():
+            # TRL gives a missing reward advantage 0; its tokens must not count in the loss's normaliser either.
+            batch["completion_mask"] = batch["completion_mask"] * (~missing).unsqueeze(1)
+        mask = batch["completion_mask"] * batch.get("tool_mask", 1)
+        batch["num_items_in_batch"] = self.accelerator.gather(mask.sum()).sum()
+        if self.model.training and self.on_rollouts is not None:
+            self.on_rollouts(self.state.global_step + 1, gather_object(rows))
+        return batch
+
+    # -- update -----------------------------------------------------------------------------------------------------
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Any,
+        attention_mask: Any,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **fields: Any,
+    ) -> Any:
+        multimodal = any(value is not None for value in fields.values())
+        if self._sampled_logps is not None and not torch.is_grad_enabled() and model is self.model:
+            # the policy has not moved since it sampled: these are its log-probs (TRL asks for them first)
+            logps, self._sampled_logps = self._sampled_logps, None
+            padded = input_ids.new_zeros((len(logps), logits_to_keep), dtype=torch.float32)
+            for i, values in enumerate(logps):
+                padded[i, : len(values)] = torch.tensor(values)
+            return padded, None, None
+        if not self.share_prefixes or multimodal or compute_aux_loss:
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss, **fields
+            )
+        split = input_ids.shape[1] - logits_to_keep
+        mask = attention_mask.bool()
+        with self.accelerator.autocast():
+            logps, entropies = completion_logps(
+                model,
+                [ids[m] for ids, m in zip(input_ids[:, :split], mask[:, :split], strict=True)],
+                [ids[m] for ids, m in zip(input_ids[:, split:], mask[:, split:], strict=True)],
+                temperature=self.temperature,
+                compute_entropy=compute_entropy,
+                token_budget=None if torch.is_grad_enabled() else self.token_budget,
+            )
+        rest = (0, logits_to_keep - logps.shape[1])  # TRL's columns: the longest completion of the whole batch
+        return pad(logps, rest), pad(entropies, rest) if entropies is not None else None, None
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        """Sample and judge when a new batch is due, then one backward pass per pack of groups."""
+        started = time.perf_counter()
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        with self._timed("update"):
+            packs = self._packs(inputs)
+            total = torch.zeros((), device=self.accelerator.device)
+            tokens = [int(inputs["completion_mask"][rows].sum()) for rows in packs]
+            first = {key: len(values) for key, values in self._metrics["train"].items()}
+            for i, rows in enumerate(packs):
+                last = i == len(packs) - 1
+                with nullcontext() if last else self.accelerator.no_sync(model):
+                    pack = inputs if len(packs) == 1 else _rows_of(inputs, rows)
+                    with self.compute_loss_context_manager():
+                        loss = self.compute_loss(model, pack) * self._share(rows, tokens[i], inputs, sum(tokens))
+                    extra = {"scale_wrt_gas": False} if self._deepspeed else {}
+                    self.accelerator.backward(loss, **extra)
+                total += loss.detach()
+            _merge_metrics(self._metrics["train"], first, tokens)
+        self._count("trained", sum(tokens))
+        self._step += 1
+        self._current_train_step_time += time.perf_counter() - started
+        if self._step % self.current_gradient_accumulation_steps == 0:
+            self._metrics["train"]["step_time"].append(self._current_train_step_time)
+            self._current_train_step_time = 0.0
+        return total
+
+    @property
+    def _deepspeed(self) -> bool:
+        return bool(self.accelerator.distributed_type == DistributedType.DEEPSPEED)
+
+    def _packs(self, inputs: Any) -> list[list[int]]:
+        """Rows of each forward-backward pass. One pass where the batch cannot be split exactly: DeepSpeed counts
+        backward passes itself, and TRL's entropy bonus and MoE loss are means over a pass."""
+        n = len(inputs["completion_ids"])
+        if self._deepspeed or self._entropy_bonus_enabled or self.aux_loss_enabled or not self.share_prefixes:
+            return [list(range(n))]
+        prompts = [ids[m.bool()] for ids, m in zip(inputs["prompt_ids"], inputs["prompt_mask"], strict=True)]
+        answers = [ids[m.bool()] for ids, m in zip(inputs["completion_ids"], inputs["completion_mask"], strict=True)]
+        return plan_rows(prompts, answers, self.token_budget)
+
+    def _share(self, rows: list[int], tokens: int, inputs: Any, total_tokens: int) -> float:
+        """The factor that makes the packs' losses add up to the loss of the whole (micro-)batch."""
+        if self.loss_type in _SUMS:
+            return 1.0
+        if self.loss_type == "bnpo":
+            return tokens / max(1, total_tokens)
+        return len(rows) / len(inputs["completion_ids"])
+
+    # -- resume -----------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        # In the middle of several updates on one batch, the batch belongs to the state.
+        if self._buffered_inputs is not None and self._step % (self.args.steps_per_generation * self.num_iterations):
+            torch.save(self._buffered_inputs, folder / f"rollout_buffer_{self.accelerator.process_index}.pt")
+        self.accelerator.wait_for_everyone()
+        if self.checkpoint_done is not None and self.accelerator.is_main_process:
+            self.checkpoint_done(folder)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Called once on resume, after the weights are back: restore what Transformers and TRL do not."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        self._step = self.state.global_step * self.args.gradient_accumulation_steps
+        buffer = Path(checkpoint) / f"rollout_buffer_{self.accelerator.process_index}.pt"
+        if buffer.is_file():
+            self._buffered_inputs = torch.load(buffer, map_location=self.accelerator.device, weights_only=True)
+
+    # -- bookkeeping ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.timings[stage] = self.timings.get(stage, 0.0) + time.perf_counter() - started
+
+    def _count(self, what: str, n: int) -> None:
+        self.counts[what] = self.counts.get(what, 0) + n
+
+
+def _rows_of(inputs: dict[str, Any], rows: list[int]) -> dict[str, Any]:
+    """These rows of every per-row tensor; scalars (the batch's token count) stay as they are."""
+    n = len(inputs["completion_ids"])
+    return {
+        key: value[rows] if isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == n else value
+        for key, value in inputs.items()
+    }
+
+
+def _merge_metrics(metrics: dict[str, list[float]], first: dict[str, int], tokens: list[int]) -> None:
+    """Make one value of those that the packs appended: their token-weighted mean (or the extreme, by name), so that
+    packing does not change what is logged."""
+    if len(tokens) == 1:
+        return
+    for key, values in metrics.items():
+        new = values[first.get(key, 0) :]
+        if len(new) != len(tokens):
+            continue
+        if key.endswith("_min"):
+            merged = min(new)
+        elif key.endswith("_max"):
+            merged = max(new)
+        else:
+            merged = sum(v * t for v, t in zip(new, tokens, strict=True)) / max(1, sum(tokens))
+        values[first.get(key, 0) :] = [merged]
