@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from rlme.lm_head import LMHead
 from rlme.prefix_tree import Ints, plan_packs, shared_length
-from rlme.tree_attention import TreeInputs, causal_lm, device_of, install, tree_unsupported_reason
+from rlme.tree_attention import TreeInputs, causal_lm, device_of, evaluating, install, tree_unsupported_reason
 
 CHECK_TOKENS = 512  # the first use of a model compares both paths on a sample of about this many tokens
 TOLERANCE = 1e-3  # float32: largest difference of a token's log-probability, in nats
@@ -129,7 +129,7 @@ def continuation_logprobs(
 
     scores = [math.nan] * len(asked)
     computed = 0
-    with _evaluating(model):
+    with evaluating(model):
         share = share and _may_share(model, sequences, gradient=False)
         head = LMHead(causal_lm(model))
         for pack in _packs(sequences, token_budget, share=share):
@@ -224,21 +224,6 @@ def _as_tuple(ids: Sequence[int] | Tensor) -> tuple[int, ...]:
     return tuple(ids.tolist() if isinstance(ids, Tensor) else ids)
 
 
-class _evaluating:
-    """Dropout off inside, the model's mode as before after."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.training = model, model.training
-
-    def __enter__(self) -> None:
-        if self.training:
-            self.model.eval()
-
-    def __exit__(self, *exception: object) -> None:
-        if self.training:
-            self.model.train()
-
-
 def _may_share(model: nn.Module, sequences: Sequence[Sequence[int]], *, gradient: bool) -> bool:
     """Whether sharing is exact for this model: reasons known beforehand, then both paths compared, once."""
     inner = causal_lm(model)
@@ -282,7 +267,7 @@ def _disagreement(model: nn.Module, sample: list[Sequence[int]], *, gradient: bo
     # Distributed wrappers do not allow torch.autograd.grad.
     differentiable = gradient and bool(weights) and model is inner
     try:
-        with torch.set_grad_enabled(differentiable), _evaluating(model):
+        with torch.set_grad_enabled(differentiable), evaluating(model):
             plain = model(input_ids=tokens, use_cache=False).logits[:, :-1].float().log_softmax(-1)
             plain = plain.gather(-1, tokens[:, 1:, None])[..., 0].flatten()
             forward = _forward(model, sample, share=True)

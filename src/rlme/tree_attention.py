@@ -9,7 +9,8 @@ The layout travels as an argument, not as state, so that gradient checkpointing 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -168,6 +169,19 @@ def device_of(model: PreTrainedModel) -> torch.device:
     """Where a model wants its token ids."""
     device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
     return device
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off inside; afterwards the model's mode is what it was."""
+    training = model.training
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if training:
+            model.train()
 
 
 def install(model: nn.Module) -> None:

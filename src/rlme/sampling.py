@@ -1,0 +1,283 @@
+"""Grouped sampling: each prompt is read once, its completions are written together, finished rows leave the
+batch.
+
+For machines where vLLM is not an option. Any causal model with a key-value cache works; the cache is
+transformers' own, except that full-attention layers write into spare room instead of copying everything for
+each new token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
+    StopStringCriteria,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.cache_utils import DynamicLayer
+
+from rlme.tree_attention import causal_lm, device_of, evaluating
+
+GROWTH = 64  # tokens of room added when a cache layer is full
+COMPACT_BELOW = 7 / 8  # finished rows are dropped from the cache once fewer rows than this share are active
+
+
+@dataclass(slots=True)
+class Sampled:
+    """One completion.
+
+    `ids`: its tokens, the end-of-sequence token included where it ended with one. `logprobs`: for each token,
+    its log-probability (float32) under the distribution it was drawn from, that is after repetition penalty,
+    temperature and truncation, renormalised; at temperature 0 under the distribution at temperature 1.
+    `finished`: it ended by itself, with an end-of-sequence token or a stop string, before `max_new_tokens`.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finished: bool = False
+
+
+def sample(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    n: int | Sequence[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    eos_token_ids: Sequence[int],
+    stop_strings: Sequence[str] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    max_rows: int = 256,
+) -> list[list[Sampled]]:
+    """Draw `n` (or `n[i]`) completions for each prompt.
+
+    The filters are transformers' own, in the order of `generate`. The same seed gives the same completions,
+    whatever the other rows do: each row draws from its own stream of uniform numbers (seed, prompt,
+    completion). Temperature 0 is greedy and equals `generate`.
+
+    `dtype` (bfloat16, say) runs on cast weights, held beside the model's own for the length of the call. At
+    most `max_rows` completions are written at once. Dropout is off.
+    """
+    counts = [n] * len(prompts) if isinstance(n, int) else list(n)
+    if len(counts) != len(prompts):
+        raise ValueError(f"n has {len(counts)} entries for {len(prompts)} prompts")
+    if any(not prompt for prompt in prompts):
+        raise ValueError("a prompt is empty: there is nothing to continue")
+    stop = None
+    if stop_strings:
+        if tokenizer is None:
+            raise ValueError("stop strings need the tokenizer")
+        stop = StopStringCriteria(tokenizer, list(stop_strings))
+    processors = _processors(temperature, top_p, top_k, min_p, repetition_penalty)
+    eos = torch.tensor(sorted(set(eos_token_ids)), dtype=torch.long)
+    results = [[Sampled() for _ in range(count)] for count in counts]
+    rows = [(p, c) for p, count in enumerate(counts) for c in range(count)]
+    with torch.no_grad(), evaluating(model), weights_in(model, dtype):
+        for start in range(0, len(rows), max_rows):
+            batch = rows[start : start + max_rows]
+            noise = np.stack([np.random.default_rng([seed, p, c]).random(max_new_tokens) for p, c in batch])
+            _sample_batch(
+                causal_lm(model),
+                [prompts[p] for p, _ in batch],
+                [results[p][c] for p, c in batch],
+                torch.from_numpy(noise),
+                greedy=temperature == 0,
+                processors=processors,
+                eos=eos,
+                stop=stop,
+            )
+    return results
+
+
+def _processors(
+    temperature: float, top_p: float, top_k: int, min_p: float, repetition_penalty: float
+) -> LogitsProcessorList:
+    """What changes the logits before sampling, in the order of `generate`."""
+    processors = LogitsProcessorList()
+    if repetition_penalty != 1.0:
+        processors.append(RepetitionPenaltyLogitsProcessor(repetition_penalty))
+    if temperature == 0:
+        return processors
+    if temperature != 1.0:
+        processors.append(TemperatureLogitsWarper(float(temperature)))
+    if top_k > 0:
+        processors.append(TopKLogitsWarper(top_k))
+    if top_p < 1.0:
+        processors.append(TopPLogitsWarper(top_p))
+    if min_p > 0:
+        processors.append(MinPLogitsWarper(min_p))
+    return processors
+
+
+def _sample_batch(
+    model: PreTrainedModel,
+    prompts: list[Sequence[int]],
+    results: list[Sampled],
+    noise: Tensor,
+    *,
+    greedy: bool,
+    processors: LogitsProcessorList,
+    eos: Tensor,
+    stop: StopStringCriteria | None,
+) -> None:
+    """Complete R rows together, into `results`. `noise[R, max_new_tokens]` is uniform in [0, 1)."""
+    device = device_of(model)
+    eos, noise = eos.to(device), noise.to(device)
+    unique = list(dict.fromkeys(map(tuple, prompts)))
+    number = {prompt: i for i, prompt in enumerate(unique)}
+    copies = torch.tensor([number[tuple(prompt)] for prompt in prompts], device=device)
+    longest = max(map(len, unique))
+    # Left-padded with a token of the prompt itself, which a repetition penalty then finds nothing new in.
+    ids = torch.tensor([[p[0]] * (longest - len(p)) + list(p) for p in unique], device=device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in unique], device=device)
+    cache = _cache(model)
+    logits = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
+    cache.batch_select_indices(copies)
+    ids, mask, logits = ids[copies], mask[copies], logits[copies]
+    positions = mask.sum(1)
+
+    rows = torch.arange(len(prompts), device=device)  # the row of `results` that each row of the batch writes
+    active = torch.ones_like(rows, dtype=torch.bool)
+    for step in range(noise.shape[1]):
+        tokens, logprobs = _draw(
+            processors(cast(torch.LongTensor, ids), logits.float()), noise[rows, step], greedy=greedy
+        )
+        ids = torch.cat([ids, tokens[:, None]], 1)
+        ended = torch.isin(tokens, eos)
+        if stop is not None:
+            ended |= stop(ids, logits)
+        drawn = zip(*(x.tolist() for x in (rows, active, tokens, logprobs, ended)), strict=True)
+        for row, is_active, token, logprob, has_ended in drawn:
+            if is_active:
+                results[row].ids.append(token)
+                results[row].logprobs.append(logprob)
+                results[row].finished = has_ended
+        active &= ~ended
+        count = int(active.sum())
+        if count == 0 or step + 1 == noise.shape[1]:
+            return
+        if count <= COMPACT_BELOW * len(rows):
+            keep = active.nonzero()[:, 0]
+            cache.batch_select_indices(keep)
+            rows, active, ids, mask, positions = (x[keep] for x in (rows, active, ids, mask, positions))
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        logits = model(
+            input_ids=ids[:, -1:],
+            attention_mask=mask,
+            position_ids=positions[:, None],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        positions = positions + 1
+
+
+def _draw(scores: Tensor, uniform: Tensor, *, greedy: bool) -> tuple[Tensor, Tensor]:
+    """One token per row of `scores[R, V]` and its log-probability: the arg max, or by inverting the
+    distribution.
+    """
+    probabilities = scores.softmax(-1)
+    if greedy:
+        tokens = scores.argmax(-1)
+    else:
+        cumulative = probabilities.cumsum(-1)
+        # Scaled by the sum that rounding has left, and strictly below it: a token of probability 0 is never
+        # drawn.
+        target = (uniform.float() * cumulative[:, -1]).clamp(max=torch.finfo(torch.float32).max)
+        tokens = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
+        tokens = tokens.clamp(max=scores.shape[-1] - 1)
+    return tokens, probabilities.gather(-1, tokens[:, None])[:, 0].log()
+
+
+class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """A full-attention cache layer with spare room: a new token is written without copying those held."""
+
+    room: tuple[Tensor, Tensor] | None = None  # keys and values, [R, heads, length and more, d]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append [R, heads, T, d] and return everything held, as views."""
+        held = self.get_seq_length()
+        stop = held + key_states.shape[2]
+        if self.room is None or self.room[0].shape[2] < stop:
+            before = self.keys, self.values
+            shape = (*key_states.shape[:2], stop + GROWTH, key_states.shape[3])
+            self.room = (
+                key_states.new_empty(shape),
+                value_states.new_empty((*shape[:3], value_states.shape[3])),
+            )
+            for room, kept in zip(self.room, before, strict=True):
+                if kept is not None:
+                    room[:, :, :held] = kept
+        for room, new in zip(self.room, (key_states, value_states), strict=True):
+            room[:, :, held:stop] = new
+        self.keys, self.values = (room[:, :, :stop] for room in self.room)
+        self.is_initialized = True
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep (or repeat) these rows; they move out of the room."""
+        super().batch_select_indices(indices)
+        self.room = None
+
+
+def _cache(model: PreTrainedModel) -> DynamicCache:
+    cache = DynamicCache(config=model.config)
+    layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]  # type: ignore[no-untyped-call]
+    cache.layers = layers
+    return cache
+
+
+@contextmanager
+def weights_in(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Inside, the model's float32 weights are copies cast to `dtype`; the optimizer's tensors are not
+    touched.
+
+    The parameters are replaced rather than their data cast: that would detach the gradient hooks of DDP.
+    Buffers (rotary frequencies) keep their precision.
+    """
+    if dtype is None:
+        yield
+        return
+    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
+    cast: dict[int, nn.Parameter] = {}
+    try:
+        for module in model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+                if parameter.dtype == torch.float32 and dtype != torch.float32:
+                    if id(parameter) not in cast:
+                        cast[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+                    setattr(module, name, cast[id(parameter)])
+                    replaced.append((module, name, parameter))
+        yield
+    finally:
+        for module, name, parameter in replaced:
+            setattr(module, name, parameter)
