@@ -14,9 +14,13 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rlme.errors import InputError
 
-# Autoescape is off: the output is text for a language model, not HTML.
+# Autoescape is off: the output is text for a language model, not HTML. A missing value (a column that a
+# row lacks, an answer that was not found) is written as nothing, never as the word None.
 _ENVIRONMENT = ImmutableSandboxedEnvironment(
-    undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False
+    undefined=StrictUndefined,
+    keep_trailing_newline=True,
+    autoescape=False,
+    finalize=lambda value: "" if value is None else value,
 )
 
 

@@ -46,7 +46,7 @@ def extract_answer(text: str, method: str) -> str | None:
 
     Args:
         text: a completion, or the solution in a data set.
-        method: "boxed": the last `\\boxed{...}`, braces nested; "####": what follows the last `####` on a line;
+        method: "boxed": the last `\\boxed{...}`, braces nested; "####": the line after the last `####`;
             "last_number"; "regex:PATTERN": the last match, its group `answer` or 1 or all of it;
             "auto": the first of the first three that finds something; "text": all of it.
 
@@ -169,7 +169,7 @@ _TIMEOUT_S = 3
 
 
 def _plain_text(text: str) -> str:
-    """Without case, whitespace, currency signs and punctuation, except % and anything inside a number (12:30)."""
+    """Without case, whitespace, currency signs and punctuation, but with % and the colon of 12:30."""
     text = re.sub(r"\\(?:text|mathrm|mbox)\b|(?<=\d),(?=\d)", "", text)
     folded = unicodedata.normalize("NFKC", text).casefold()
     between_digits = {match.start() for match in re.finditer(r"(?<=\d)\S(?=\d)", folded)}
@@ -195,7 +195,7 @@ def _math_equal(predicted: str, gold: str) -> bool:
     """
     if max(len(predicted), len(gold)) > _MAX_EXPRESSION_LENGTH or _HOSTILE.search(predicted):
         return False
-    from math_verify import parse, verify  # type: ignore[import-untyped]
+    from math_verify import parse, verify
 
     for part in ("parser", "grader"):  # they warn at every call without a timeout
         logging.getLogger(f"math_verify.{part}").setLevel(logging.ERROR)
