@@ -22,9 +22,7 @@ class FakeJudge:
 
     def __init__(
         self,
-        quality: Callable[[str, str, str], float] = lambda output, instruction, reference: overlap(
-            output, reference
-        ),
+        quality: Callable[[str, str, str], float] = lambda output, instruction, reference: overlap(output, reference),
         *,
         bias: float = 0.0,
         sharpness: float = 4.0,
@@ -51,6 +49,7 @@ class FakeJudge:
         a = self.quality(parts["output_a"], parts["instruction"], reference)
         b = self.quality(parts["output_b"], parts["instruction"], reference)
         p = 1 / (1 + math.exp(-(self.sharpness * (a - b) + self.bias)))
+        p = min(max(p, 1e-9), 1 - 1e-9)
         half = len(request.continuations) // 2
         logprobs = [math.log(self.mass * p / half)] * half + [math.log(self.mass * (1 - p) / half)] * half
         missing = bool(self.missing_on and self.missing_on in prompt)

@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fake_judge import FakeJudge, sections, text_of
 
+from fake_judge import FakeJudge, sections, text_of
 from rlme.align.judge import CUT_MARK, Comparison, PairwiseJudge, choice
 from rlme.align.protocols import PROTOCOLS, load_protocol
 from rlme.errors import InputError
@@ -53,9 +53,7 @@ def test_several_references_are_averaged_or_vote():
     several = Comparison(PAIR.instruction, PAIR.first, PAIR.second, ("Paris", "Lyon", "Lyon ."))
     mean = judge_one(FakeJudge(), comparison=several)
     vote = judge_one(FakeJudge(), comparison=several, vote=True)
-    each = [
-        judge_one(FakeJudge(), comparison=replace(PAIR, references=(r,))).score for r in several.references
-    ]
+    each = [judge_one(FakeJudge(), comparison=replace(PAIR, references=(r,))).score for r in several.references]
     assert mean.score == pytest.approx(sum(each) / 3)
     assert len(mean.readings) == 6
     assert vote.score == pytest.approx(1 / 3)

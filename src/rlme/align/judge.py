@@ -355,13 +355,9 @@ def _read(reading: Reading, answer: Answer, split: int) -> Reading:
     sides: list[float] = []
     for part in (slice(0, split), slice(split, None)):
         # A spelling of which only an upper bound is known adds nothing; a label with no other one is missing.
-        exact = [
-            lp for lp, only_bound in zip(answer.logprobs[part], bounded[part], strict=True) if not only_bound
-        ]
+        exact = [lp for lp, only_bound in zip(answer.logprobs[part], bounded[part], strict=True) if not only_bound]
         if not exact:
-            return replace(
-                reading, failure=Failure.LABEL_MISSING, detail="a label's log-probability was not returned"
-            )
+            return replace(reading, failure=Failure.LABEL_MISSING, detail="a label's log-probability was not returned")
         if any(math.isnan(lp) or lp == math.inf for lp in exact) or max(exact) == -math.inf:
             return replace(reading, failure=Failure.NOT_A_NUMBER, detail=f"log-probabilities {exact}")
         sides.append(log_sum_exp(exact))

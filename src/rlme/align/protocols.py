@@ -36,7 +36,7 @@ class Protocol:
 
     name: str
     template: str
-    labels: tuple[tuple[str, ...], tuple[str, ...]] = (("a", "a)", "A", "A)"), ("b", "b)", "B", "B)"))
+    labels: tuple[tuple[str, ...], tuple[str, ...]] = (("a", "A"), ("b", "B"))
     prefill: str = "Output ("
     reason: bool = False
     verdict_cue: str = _CUE
@@ -254,7 +254,5 @@ def _from_yaml(stem: str, text: str, where: str) -> Protocol:
         return default if file.prefill is None else replace(default, prefill=file.prefill)
     first, second = (tuple(one if isinstance(one, list) else [one]) for one in file.labels)
     if not first or not second or not all([*first, *second]) or set(first) & set(second):
-        raise InputError(
-            f"{where}: 'labels' is {file.labels!r}; the two labels need different, non-empty spellings."
-        )
+        raise InputError(f"{where}: 'labels' is {file.labels!r}; the two labels need different, non-empty spellings.")
     return replace(default, labels=(first, second), prefill=file.prefill or "")

@@ -1,0 +1,48 @@
+"""Judges from their configuration: a model in this process, an endpoint, or the policy itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from rlme.config import EvaluatorConfig
+from rlme.errors import InputError
+from rlme.evaluators.base import Evaluator
+
+Self = Callable[[str], Evaluator]
+"""Gives the policy as an evaluator: `live`, or `frozen` as it was before the first preference update."""
+
+
+def build_evaluators(configs: Sequence[EvaluatorConfig], policy: Self | None = None) -> list[Evaluator]:
+    """One evaluator per entry, in order, under the names that tables show.
+
+    Raises:
+        InputError: two entries of one name; `live` or `frozen` where there is no policy; a model that cannot be had.
+    """
+    names = [config.label for config in configs]
+    if duplicate := next((n for n in names if names.count(n) > 1), None):
+        raise InputError(f"two judges are called {duplicate!r}: give one of them another `name`.")
+    return [_build(config, policy) for config in configs]
+
+
+def _build(config: EvaluatorConfig, policy: Self | None) -> Evaluator:
+    chat = {"auto": None, "chat": True, "completion": False}[config.style]
+    if config.endpoint is not None:
+        from rlme.evaluators.endpoint import EndpointEvaluator
+
+        return EndpointEvaluator(config.endpoint, name=config.label, chat=chat)
+    assert config.model is not None
+    if config.model in ("live", "frozen"):
+        if policy is None:
+            raise InputError(f"judge {config.model!r} is a policy in training; name a model or an endpoint here.")
+        return policy(config.model)
+    from rlme.evaluators.build import model_evaluator
+
+    return model_evaluator(
+        config.model,
+        name=config.label,
+        dtype=config.dtype,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        load_in_4bit=config.load_in_4bit,
+        chat=chat,
+    )

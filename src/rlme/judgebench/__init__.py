@@ -1,0 +1,3 @@
+"""Measuring judges on labelled items before they are trained on: accuracy, position and length bias,
+calibration.
+"""

@@ -1,0 +1,113 @@
+"""The whole benchmark: every judge with every protocol on every set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+from rlme.align.judge import PairwiseJudge
+from rlme.align.protocols import Protocol, load_protocol
+from rlme.errors import InputError
+from rlme.evaluators.base import Evaluator
+from rlme.judgebench.config import BenchConfig
+from rlme.judgebench.items import BenchSet, PairItem, load_set
+from rlme.judgebench.run import Advance, Run, Shown, judge_pairs, judge_points
+from rlme.judging import Judging, check_templates
+from rlme.questions import Question, Template
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One run to be made: what it is called, how many items it asks about, and how to make it."""
+
+    title: str
+    items: int
+    calls: int
+    make: Callable[[Advance], Run]
+
+
+def load_sets(config: BenchConfig) -> list[BenchSet]:
+    """The sets, under different names."""
+    sets = [
+        load_set(
+            s.source, reader=s.format, name=s.name, columns=s.columns, labels=s.labels, split=s.split, limit=s.limit
+        )
+        for s in config.sets
+    ]
+    names = [s.name for s in sets]
+    if duplicate := next((n for n in names if names.count(n) > 1), None):
+        raise InputError(f"two benchmark sets are called {duplicate!r}: give one of them another `name`.")
+    if not config.questions and (points := next((s for s in sets if not s.pairwise), None)):
+        raise InputError(f"the set {points.name!r} holds single answers: give at least one question to ask about them.")
+    return sets
+
+
+def plan(config: BenchConfig, sets: list[BenchSet], evaluators: list[Evaluator]) -> Iterator[Job]:
+    """All runs, judge by judge; with the manipulation check where a protocol shows a reference."""
+    protocols = [load_protocol(name) for name in config.protocols]
+    questions = _questions(config)
+    judging = _judging(config)
+    for evaluator in evaluators:
+        for bench in sets:
+            if bench.pairwise:
+                for protocol in protocols:
+                    yield from _pair_jobs(config, bench, evaluator, protocol)
+                continue
+            check_templates(questions, judging, list(bench.items[0].columns))  # type: ignore[union-attr]
+            for question in questions:
+                make = partial(_points, bench, evaluator, question, judging)
+                title = f"{bench.name}: {evaluator.name} / {question.name}"
+                yield Job(title, len(bench.items), len(bench.items), make)
+
+
+def _pair_jobs(config: BenchConfig, bench: BenchSet, evaluator: Evaluator, protocol: Protocol) -> Iterator[Job]:
+    judge = PairwiseJudge(
+        [evaluator],
+        protocol,
+        vote=config.vote,
+        max_tokens=config.max_tokens,
+        too_long=config.too_long,
+        critique_tokens=config.critique_tokens,
+    )
+    items = cast("tuple[PairItem, ...]", bench.items)
+    needs = protocol.needs_reference
+    asked = [item for item in items if item.references] if needs else list(items)
+    if not asked:
+        return
+    ways: tuple[Shown, ...] = ("given", "other", "worse") if needs and config.wrong_references else ("given",)
+    if len({item.instruction for item in asked}) < 2:
+        ways = tuple(way for way in ways if way != "other")
+    for shown in ways:
+        references = 1 if shown == "worse" or not needs else None
+        calls = 2 * sum(references or len(item.references) for item in asked)
+        title = f"{bench.name}: {evaluator.name} / {protocol.name}"
+        title += {"given": "", "other": ", another item's reference", "worse": ", the worse output as reference"}[shown]
+        yield Job(title, len(asked), calls, partial(_pairs, bench, judge, evaluator.name, shown, config.seed))
+
+
+def _pairs(bench: BenchSet, judge: PairwiseJudge, name: str, shown: Shown, seed: int, advance: Advance) -> Run:
+    return judge_pairs(bench, judge, name=name, shown=shown, seed=seed, advance=advance)
+
+
+def _points(bench: BenchSet, evaluator: Evaluator, question: Question, judging: Judging, advance: Advance) -> Run:
+    return judge_points(bench, evaluator, question, judging, advance=advance)
+
+
+def _questions(config: BenchConfig) -> list[Question]:
+    return [
+        Question(q.ask, name, q.weight, q.target, _template(q.template), q.readout)
+        for name, q in config.questions.items()
+    ]
+
+
+def _judging(config: BenchConfig) -> Judging:
+    j = config.judging
+    return Judging(_template(j.template) or "auto", j.readout, j.joint, j.reason_tokens, j.reason_then)
+
+
+def _template(template: object) -> str | Template | None:
+    if template is None or isinstance(template, str):
+        return template
+    return Template(template.kind, template.text)  # type: ignore[attr-defined]

@@ -1,0 +1,199 @@
+"""`rlme judge-bench`: measure judges before training on them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+
+    from rlme.judgebench.run import Run
+
+Many = list[str] | None
+
+
+def judge_bench(
+    config: Annotated[Path | None, typer.Argument(help="YAML file with the keys of BenchConfig.")] = None,
+    judge: Annotated[Many, typer.Option(help="Model: hub id, folder, .gguf, builtin:NAME. Repeatable.")] = None,
+    data: Annotated[
+        Many,
+        typer.Option(metavar="FORMAT:SOURCE", help="Labelled items: pairs|llmbar|mtbench|points|gsm8k. Repeatable."),
+    ] = None,
+    protocol: Annotated[
+        Many, typer.Option(help="base|refeval|refmatch|vanilla|cot|reference|href|FILE. Repeatable.")
+    ] = None,
+    question: Annotated[Many, typer.Option(help="Asked about single answers. Repeatable.")] = None,
+    column: Annotated[
+        Many, typer.Option(metavar="FIELD=COLUMN", help="Column mapping for all --data. Repeatable.")
+    ] = None,
+    labels: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Spelling of the labels, first or right one first.")
+    ] = None,
+    verdicts: Annotated[Path | None, typer.Option(help="Score the verdicts recorded in this file; no model.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of each set.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=64, help="Longest pairwise prompt; longer texts are cut.")
+    ] = None,
+    wrong_references: Annotated[
+        bool | None, typer.Option(help="Also show wrong references and see whether verdicts move.")
+    ] = None,
+    resamples: Annotated[int | None, typer.Option(min=0, help="Bootstrap resamples.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of bootstrap and exchanged references.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for the report and the verdicts.")
+    ] = None,
+    table: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write all numbers as JSON.")
+    ] = None,
+) -> None:
+    """Measure judges on labelled pairs or answers: accuracy in both orders, position and length bias, calibration."""
+    from rich.console import Console
+
+    from rlme.errors import InputError
+    from rlme.judgebench.analysis import RESAMPLES, analyse
+
+    console = Console()
+    folder = output
+    if verdicts is not None:
+        if config is not None or judge or data or protocol or question:
+            raise InputError("--verdicts scores a file of recorded verdicts: leave out judges, sets and protocols.")
+        from rlme.judgebench.run import load_recorded
+
+        runs = load_recorded(str(verdicts), columns=_mapping(column))
+        count, start = RESAMPLES if resamples is None else resamples, seed or 0
+    else:
+        from rlme.judgebench.config import BenchConfig
+
+        content = _content(config, locals())
+        from rlme.config_file import validate
+
+        settings = validate(BenchConfig, content, str(config or "judge-bench"))
+        folder = Path(settings.output) if settings.output else None
+        runs = _judge(settings, folder, console)
+        count, start = settings.resamples, settings.seed
+    result = analyse(runs, resamples=count, seed=start)
+    _show(result, console)
+    if folder is not None:
+        _write(result, runs, folder)
+        console.print(f"report: {folder / 'report.html'}   verdicts: {folder / 'verdicts.jsonl'}")
+    if table is not None:
+        table.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def _content(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
+    """The file's mapping, with what the options say put over it."""
+    from rlme.config_file import read_yaml
+    from rlme.judgebench.config import parse_set
+
+    content: dict[str, Any] = read_yaml(config) if config is not None else {}
+    simple = {
+        "judges": given["judge"],
+        "protocols": given["protocol"],
+        "questions": {text: text for text in given["question"] or []},
+        "max_tokens": given["max_tokens"],
+        "wrong_references": given["wrong_references"],
+        "resamples": given["resamples"],
+        "seed": given["seed"],
+        "output": None if given["output"] is None else str(given["output"]),
+    }
+    content |= {key: value for key, value in simple.items() if value not in (None, [], {})}
+    extra: dict[str, Any] = {"columns": _mapping(given["column"]), "limit": given["limit"]}
+    if given["labels"] is not None:
+        extra["labels"] = given["labels"].split(",")
+    if given["data"]:
+        content["sets"] = [parse_set(text) for text in given["data"]]
+    if isinstance(content.get("sets"), list):
+        sets = [parse_set(item) if isinstance(item, str) else item for item in content["sets"]]
+        content["sets"] = [item | {k: v for k, v in extra.items() if v} for item in sets]
+    return content
+
+
+def _mapping(pairs: Many) -> dict[str, str]:
+    from rlme.errors import InputError
+
+    found: dict[str, str] = {}
+    for pair in pairs or []:
+        field, equals, column = pair.partition("=")
+        if not (field and equals and column):
+            raise InputError(f"--column {pair!r}: expected FIELD=COLUMN, e.g. instruction=prompt.")
+        found[field] = column
+    return found
+
+
+def _judge(settings: Any, folder: Path | None, console: Console) -> list[Run]:
+    """Make all runs, with the number of calls said first and every finished run on disk."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from rlme.align.evaluators import build_evaluators
+    from rlme.align.protocols import load_protocol
+    from rlme.judgebench.bench import load_sets, plan
+    from rlme.judgebench.run import save_records
+
+    for name in settings.protocols:
+        load_protocol(name)
+    sets = load_sets(settings)  # read before a model is loaded
+    evaluators = build_evaluators(settings.judges)
+    jobs = list(plan(settings, sets, evaluators))
+    console.print(f"{len(jobs)} runs, {sum(job.calls for job in jobs)} judge calls", highlight=False)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    runs: list[Run] = []
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        whole = progress.add_task("all items", total=sum(job.items for job in jobs))
+        for job in jobs:
+            progress.update(whole, description=_plain(job.title))
+            runs.append(job.make(lambda n: progress.advance(whole, n)))
+            if folder is not None:
+                save_records(runs, folder / "verdicts.jsonl")
+    return runs
+
+
+def _show(result: dict[str, Any], console: Console) -> None:
+    from rich.table import Table
+
+    from rlme.judgebench.report import tables
+
+    for title, names, rows in tables(result):
+        table = Table(title=title, title_justify="left")
+        for name in names:
+            table.add_column(name)
+        for row in rows:
+            table.add_row(*(_plain(cell) for cell in row))
+        console.print(table)
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _write(result: dict[str, Any], runs: Sequence[Run], folder: Path) -> None:
+    from rlme.judgebench.report import markdown, page
+    from rlme.judgebench.run import save_records
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_records(runs, folder / "verdicts.jsonl")
+    (folder / "report.md").write_text(markdown(result), encoding="utf-8")
+    (folder / "report.html").write_text(page(result), encoding="utf-8")
+    (folder / "results.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
