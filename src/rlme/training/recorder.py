@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import resource
 import sys
@@ -148,7 +149,7 @@ class Recorder(TrainerCallback):
         training = trainer.model.training
         trainer.model.eval()
         world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
-        mine = list(self.held_out)[rank::world]
+        mine = self.held_out.prompts[rank::world]
         rows: list[Row] = []
         batch = trainer.args.per_device_train_batch_size
         state = torch.get_rng_state()
@@ -158,7 +159,7 @@ class Recorder(TrainerCallback):
             _, ids, _, completions, *_ = trainer._generate(prompts)
             columns = {
                 "gold": [p.gold for p in part],
-                "columns": [p.columns_json() for p in part],
+                "columns": [json.dumps(p.columns, default=str) for p in part],
             }
             if trainer.reward.answer is None:
                 del columns["gold"]

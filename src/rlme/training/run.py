@@ -240,10 +240,13 @@ def train(config: Config, console: Console, *, resume: RunFolder | None = None) 
     prompts, held_out = load_prompts(config, tokenizer)
     for name, part in (("train", prompts), ("eval", held_out)):
         if part is not None and main:
-            console.print(f"{name}: {part.report}", markup=False, highlight=False)
+            for line in part.report.sentences():
+                console.print(f"{name}: {line}", markup=False, highlight=False)
+    if config.reward.mode != "rlme" or config.reward.anchor > 0:
+        prompts.require_gold()
     judged = bool(config.questions)
     if judged:
-        check_templates(make_questions(config), make_judging(config), sorted(prompts.column_names))
+        check_templates(make_questions(config), make_judging(config), list(prompts.prompts[0].columns))
     for spec in config.evaluators if judged else ():
         if spec.style == "chat" and spec.model in ("live", "frozen") and not has_chat_template(tokenizer):
             raise InputError(
@@ -257,6 +260,8 @@ def train(config: Config, console: Console, *, resume: RunFolder | None = None) 
     deferred = {"live"} | ({"frozen"} if config.lora else set())
     evaluators = [str(s.model) if s.model in deferred else make_evaluator(s, config) for s in specs]
     reward = make_reward(config, evaluators)
+    if resume is None and main:
+        folder = RunFolder.create(config.folder)
     trainer = RLMETrainer(
         model,
         reward,
@@ -273,7 +278,6 @@ def train(config: Config, console: Console, *, resume: RunFolder | None = None) 
     step = 0
     if trainer.accelerator.is_main_process:
         if resume is None:
-            folder = RunFolder.create(config.folder)
             folder.write_config(resolved(config, trainer))
             step, checkpoint = 0, None
         else:

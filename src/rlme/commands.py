@@ -1,0 +1,197 @@
+"""What the commands of `rlme.cli` do around the training run: files, tables, words."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rlme.config import Config
+from rlme.config_file import apply_overrides, read_yaml, validate
+from rlme.errors import InputError
+
+
+def recipe_files() -> dict[str, Path]:
+    """Shipped recipes by name."""
+    folder = Path(str(resources.files("rlme") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_config(name: str) -> Path:
+    """A file of that name, or the shipped recipe called so."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = recipe_files()
+    if name in shipped:
+        return shipped[name]
+    if path.suffix or "/" in name:
+        raise InputError(f"{name}: no such file; `rlme init {name}` writes a commented starter")
+    raise InputError(f"{name!r} is neither a file nor a shipped recipe ({', '.join(shipped)})")
+
+
+def read_config(name: str, overrides: Sequence[str] = (), output: Path | None = None) -> Config:
+    """Read, override and check a configuration. Data files may be given relative to the configuration's folder."""
+    path = find_config(name)
+    content = apply_overrides(read_yaml(path), overrides)
+    if output is not None:
+        content["output"] = str(output)
+    elif "output" not in content:
+        content["output"] = f"runs/{path.stem}"
+    config = validate(Config, content, str(path))
+    for key in ("train", "eval"):
+        value = getattr(config.data, key)
+        beside = path.parent / value if value else None
+        if beside is not None and not Path(value).exists() and beside.is_file():
+            setattr(config.data, key, str(beside))
+    return config
+
+
+def _quiet() -> None:
+    """Warnings of the libraries that are meant for their developers, not for the user of this command."""
+    for name in ("transformers", "trl", "accelerate", "peft", "datasets", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|transformers|trl|peft|accelerate)\..*")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()  # of loading weights from disk; downloads keep theirs
+
+
+def train_config(name: str, overrides: Sequence[str], output: Path | None, table: Path | None) -> Path:
+    """`rlme train CONFIG`."""
+    config = read_config(name, overrides, output)
+    if config.folder.exists() and (config.folder.is_file() or any(config.folder.iterdir())):
+        raise InputError(  # said before a model is loaded
+            f"{config.folder} exists already: choose another folder with --output, or go on with it: "
+            f"rlme train --resume {config.folder}"
+        )
+    _quiet()
+    console = Console()
+    from rlme.training.run import train
+
+    folder = train(config, console)
+    finish(folder.path, console, table)
+    return folder.path
+
+
+# What may change when a run goes on: nothing that would make it another run.
+RESUMABLE = (
+    "train.steps",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.show_every",
+    "train.on_alarm",
+    "train.token_budget",
+    "reward.max_failure_rate",
+)
+
+
+def resume_run(path: Path, overrides: Sequence[str], table: Path | None) -> None:
+    """`rlme train --resume RUN`."""
+    from rlme.training.run_folder import RunFolder
+
+    folder = RunFolder.open(path)
+    content = read_yaml(folder.config)
+    content.pop("run_info", None)
+    for item in overrides:
+        if item.partition("=")[0].strip() not in RESUMABLE:
+            raise InputError(f"--set {item!r}: a run goes on as it was; only {', '.join(RESUMABLE)} can change")
+    config = validate(Config, apply_overrides(content, overrides), str(folder.config))
+    _quiet()
+    console = Console()
+    from rlme.training.run import train
+
+    step, _ = folder.last_checkpoint()
+    where = f"after step {step}" if step else "from the start (no checkpoint was written yet)"
+    console.print(f"resuming {path} {where}", markup=False, highlight=False)
+    finish(train(config, console, resume=folder).path, console, table)
+
+
+def finish(path: Path, console: Console, table: Path | None) -> None:
+    """The last words of a run: first and last values side by side, and where everything is."""
+    from rlme.training.run_folder import RunFolder
+
+    records = RunFolder(path).read_lines()
+    rows = before_after(records)
+    if rows:
+        shown = Table(title="from the first to the last steps", title_justify="left")
+        for column in ("", "first", "last"):
+            shown.add_column(column, justify="left" if not column else "right")
+        for row in rows:
+            shown.add_row(str(row["metric"]), f"{row['first']:.3f}", f"{row['last']:.3f}")
+        console.print(shown)
+    if table is not None:
+        table.write_text(json.dumps({"run": str(path), "metrics": rows}, indent=2))
+    console.print(f"model: {path / 'final'}   metrics: {path / 'metrics.jsonl'}   rollouts: {path / 'rollouts'}")
+
+
+def before_after(records: Sequence[dict[str, Any]], window: int = 5) -> list[dict[str, Any]]:
+    """Means over the first and the last `window` values of what people look at."""
+    wanted = ("reward", "gold/accuracy", "completions/mean_tokens", "eval/reward", "eval/gold/accuracy")
+    keys = list(wanted) + sorted({k for r in records for k in r if k.endswith("/probability")})
+    rows = []
+    for key in keys:
+        values = [r[key] for r in records if key in r]
+        n = min(window, len(values) // 2) if not key.startswith("eval/") else min(1, len(values) // 2)
+        if n:
+            rows.append({"metric": key, "first": sum(values[:n]) / n, "last": sum(values[-n:]) / n})
+    return rows
+
+
+def write_starter(path: Path, recipe: str | None) -> None:
+    """`rlme init`."""
+    if path.exists():
+        raise InputError(f"{path} exists already: choose another name")
+    shipped = recipe_files()
+    if recipe is not None and recipe not in shipped:
+        raise InputError(f"no recipe is called {recipe!r}; there are: {', '.join(shipped)}")
+    source = shipped[recipe] if recipe else Path(str(resources.files("rlme") / "starter.yaml"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    print(f"wrote {path}; edit it, then: rlme train {path}")
+
+
+def list_recipes(table: Path | None) -> None:
+    """`rlme recipes`."""
+    rows = []
+    for name, path in recipe_files().items():
+        first = path.read_text(encoding="utf-8").split("\n", 1)[0]
+        rows.append({"recipe": name, "about": first.lstrip("# ").strip()})
+    shown = Table()
+    shown.add_column("recipe")
+    shown.add_column("about")
+    for row in rows:
+        shown.add_row(row["recipe"], Text(row["about"]))
+    Console().print(shown)
+    if table is not None:
+        table.write_text(json.dumps(rows, indent=2))
+
+
+def check_config(name: str, overrides: Sequence[str], *, show: bool) -> None:
+    """`rlme check`."""
+    config = read_config(name, overrides)
+    if show:
+        print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), end="")
+    else:
+        print(f"{name}: no problem found")
+
+
+def run_quickstart(output: Path, overrides: Sequence[str], table: Path | None) -> None:
+    """`rlme quickstart`: the shipped recipe, then held-out answers before and after, side by side."""
+    from rlme.quickstart import before_after_answers
+
+    folder = train_config("quickstart", overrides, output, None)
+    before_after_answers(folder, Console(), table)
