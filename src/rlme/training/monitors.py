@@ -50,12 +50,11 @@ def repetition(completion: str, n: int = 4) -> float | None:
 def batch_monitors(rows: Sequence[Row]) -> dict[str, float]:
     """Every metric of `metrics.jsonl` that follows from a batch's rows.
 
-    Rows are grouped by `prompt_index`. Gold numbers use the rows that have both gold and a reward:
-    `gold/auroc` over the whole batch; `gold/within_group_auroc`, the share of (right, wrong) pairs of one
-    group in which the right answer has the higher reward (a tie counts half); `gold/pointbiserial`, the
-    correlation of reward and correctness after both lose their group's mean; `gold/best_is_right`, the
-    share of groups whose best-rewarded answer is right. The last three are what a group-relative advantage
-    is made of.
+    Rows are grouped by `prompt_index`. Gold numbers use the rows that have both gold and a reward: `gold/auroc` over
+    the whole batch; `gold/within_group_auroc`, the share of (right, wrong) pairs of one group in which the right
+    answer has the higher reward (a tie counts half); `gold/pointbiserial`, the correlation of reward and correctness
+    after both lose their group's mean; `gold/best_is_right`, the share of groups whose best-rewarded answer is right
+    (groups of one answer do not count). The last three are what a group-relative advantage is made of.
     """
     if not rows:
         return {}
@@ -96,8 +95,8 @@ def _rewards(rows: Sequence[Row], groups: Mapping[Any, list[Row]]) -> dict[str, 
     if rewards:
         metrics |= {"reward": fmean(rewards), "reward_std": pstdev(rewards)}
         known = [[r["reward"] for r in group if r["reward"] is not None] for group in groups.values()]
-        flat = [max(group) - min(group) < 1e-12 for group in known if group]
-        metrics["frac_groups_flat"] = fmean(flat)
+        if flat := [max(group) - min(group) < 1e-12 for group in known if len(group) > 1]:
+            metrics["frac_groups_flat"] = fmean(flat)
     return metrics
 
 
@@ -119,8 +118,9 @@ def _gold(rows: Sequence[Row], groups: Mapping[Any, list[Row]]) -> dict[str, flo
         right = [reward for reward, ok in scored if ok]
         wrong = [reward for reward, ok in scored if not ok]
         wins, pairs = wins + _wins(right, wrong), pairs + len(right) * len(wrong)
-        top = max(reward for reward, _ in scored)
-        best.append(fmean(ok for reward, ok in scored if reward == top))
+        if len(scored) > 1:
+            top = max(reward for reward, _ in scored)
+            best.append(fmean(ok for reward, ok in scored if reward == top))
         mean_reward, mean_ok = fmean(r for r, _ in scored), fmean(ok for _, ok in scored)
         centred += [(reward - mean_reward, ok - mean_ok) for reward, ok in scored]
     if pairs:
@@ -144,9 +144,10 @@ def _completions(rows: Sequence[Row], groups: Mapping[Any, list[Row]]) -> dict[s
         "completions/mean_tokens": fmean(row["tokens"] for row in rows),
         "completions/mean_chars": fmean(len(text) for text in texts),
         "completions/clipped": fmean(bool(row["truncated"]) for row in rows),
-        "completions/distinct": fmean(len({r["completion"] for r in g}) / len(g) for g in groups.values()),
         "completions/addresses_evaluator": fmean(addresses_evaluator(text) for text in texts),
     }
+    if distinct := [len({r["completion"] for r in g}) / len(g) for g in groups.values() if len(g) > 1]:
+        metrics["completions/distinct"] = fmean(distinct)
     repeated = [share for text in texts if (share := repetition(text)) is not None]
     if repeated:
         metrics["completions/repetition"] = fmean(repeated)
