@@ -285,13 +285,13 @@ def _token_counts(
     chat: bool,
     limit: int | None,
 ) -> list[int]:
-    """Tokens of every prompt as the policy will see it (with the generation prompt); zeros without a limit."""
+    """Tokens of every prompt as the policy will see it, generation prompt included; zeros without a limit."""
     if tokenizer is None and limit is not None:
         raise InputError("data.max_prompt_tokens needs a tokenizer to count with.")
     if tokenizer is None or not prompts:
         return [0] * len(prompts)
     texts: list[str] = []
-    for prompt in prompts if limit is not None else prompts[:1]:  # one at least: a chat may be refused
+    for prompt in prompts if limit is not None else prompts[:1]:  # one: a chat may be refused
         if isinstance(prompt, str):
             texts.append(prompt)
             continue
