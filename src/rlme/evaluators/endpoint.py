@@ -1,0 +1,196 @@
+"""An evaluator behind an OpenAI-compatible endpoint: vLLM, llama.cpp, SGLang, hosted APIs."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+from collections import defaultdict
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from rlme.evaluators.endpoint_client import EndpointClient
+from rlme.evaluators.endpoint_config import EndpointConfig
+from rlme.evaluators.endpoint_limits import Account
+from rlme.evaluators.endpoint_probe import probe
+from rlme.evaluators.endpoint_texts import TextServer
+from rlme.evaluators.endpoint_tokens import Found
+from rlme.evaluators.endpoint_wire import CallFailed, Usage
+from rlme.judgement import Answer, Failure, Message, Request
+
+NEGLIGIBLE = 0.01
+"""Missing spellings that could together add less than this share to their label's probability do no harm."""
+T = TypeVar("T")
+
+
+class EndpointEvaluator:
+    """A served model as an `Evaluator`.
+
+    The server is probed when this is made: `summary` says in one line what it can do, and `InputError` is raised if it
+    cannot judge. Calls run concurrently on an event loop of their own; answers come in the order of the requests.
+
+    `chat`: ask through the chat template; by default as `config.api` says, or where the server has one.
+    `logprobs` raises `RunStopped` when the server stays away longer than `config.outage`, or at `config.max_cost`.
+    """
+
+    def __init__(
+        self,
+        config: EndpointConfig,
+        *,
+        name: str | None = None,
+        chat: bool | None = None,
+        max_context_tokens: int | None = None,
+    ) -> None:
+        self.config = config
+        self._loop = _Loop()
+        self._client = EndpointClient(config)
+        try:
+            self._server = self._loop.run(probe(self._client))
+        except BaseException:
+            self.close()
+            raise
+        self._client.account.failures.clear()  # what the probe was refused is no failed judgement
+        self._client.account.retries = 0
+        limits = [n for n in (getattr(self._server, "limit", None), max_context_tokens) if n is not None]
+        if limits and not isinstance(self._server, TextServer):
+            self._server.limit = min(limits)
+        self.model = self._server.model
+        self.name = name or self.model.rstrip("/").split("/")[-1]
+        if chat is None:
+            chat = config.api == "chat" or (config.api == "auto" and self._server.chat)
+        self.chat = chat
+        self.summary = f"{self.name} at {config.base_url}: {self._server.describe()}"
+
+    @property
+    def account(self) -> Account:
+        """Calls, retries, failed attempts, tokens and money since the start."""
+        return self._client.account
+
+    @property
+    def identity(self) -> str:
+        """What the answers depend on besides the request: part of the judge cache's key."""
+        c = self.config
+        return f"endpoint:{c.base_url}:{self.model}:{c.revision}:{c.missing_label}:{sorted(c.extra_body.items())}"
+
+    def logprobs(self, requests: Sequence[Request]) -> list[Answer]:
+        """One answer per request, in their order whatever the timing."""
+        return self.start(requests).result()
+
+    def start(self, requests: Sequence[Request]) -> Future[list[Answer]]:
+        """As `logprobs`, without waiting: judging goes on while the caller samples the next batch."""
+        if isinstance(self._server, TextServer):
+            for request in requests:
+                self._server.refuse(request)
+        return self._loop.submit(_all([self._answer(request) for request in requests]))
+
+    def write(self, requests: Sequence[Request], *, max_tokens: int) -> list[str | Failure]:
+        """Greedy text after each context."""
+        if isinstance(self._server, TextServer):
+            for request in requests:
+                self._server.refuse(request)
+        return self._loop.run(_all([self._text(request, max_tokens) for request in requests]))
+
+    def spellings(self, candidates: Sequence[str]) -> tuple[str, ...]:
+        """Those of the label spellings that this server can be asked for together."""
+        try:
+            return self._loop.run(self._server.spellings(candidates))
+        except CallFailed as failure:
+            raise ConnectionError(f"endpoint {self.config.base_url}: {failure.detail}") from None
+
+    def count_tokens(self, context: str | tuple[Message, ...]) -> int | None:
+        """Length of a context in the model's tokens, or None where the server keeps its tokenizer to itself."""
+        if isinstance(self._server, TextServer):
+            return None
+        try:
+            return len(self._loop.run(self._server.encode(context, "")))
+        except CallFailed:
+            return None
+
+    def close(self) -> None:
+        """Close the connections and end the event loop."""
+        self._loop.run(self._client.close())
+        self._loop.stop()
+
+    async def _answer(self, request: Request) -> Answer:
+        try:
+            found = await self._server.find(request)
+        except CallFailed as failure:
+            return Answer.failed(failure.kind, failure.detail)
+        return settle(request, found, self.config)
+
+    async def _text(self, request: Request, max_tokens: int) -> str | Failure:
+        try:
+            return (await self._server.write(request, max_tokens))[0]
+        except CallFailed as failure:
+            return failure.kind
+
+
+def settle(request: Request, found: Found, config: EndpointConfig) -> Answer:
+    """One answer from what came back; labels that did not come back are failures or bounds, never numbers.
+
+    Spellings of one label (equal but for case and outer spaces) stand in for each other: those missing are left at
+    their upper bound if together they could change their label's probability by less than 1 %.
+    """
+    usage = Usage(
+        sum(u.tokens_in for u in found.usage),
+        sum(u.tokens_cached for u in found.usage),
+        sum(u.tokens_out for u in found.usage),
+    )
+    spent: dict[str, Any] = {
+        "tokens_in": usage.tokens_in,
+        "tokens_cached": usage.tokens_cached,
+        "tokens_out": usage.tokens_out,
+        "cost": config.prices.cost(usage.tokens_in, usage.tokens_cached, usage.tokens_out),
+    }
+    labels: dict[str, list[int]] = defaultdict(list)
+    for i, text in enumerate(request.continuations):
+        labels[text.strip().casefold()].append(i)
+    for rows in labels.values():
+        there = math.fsum(math.exp(lp) for i in rows if (lp := found.logprobs[i]) is not None and not found.bounded[i])
+        missing = [found.logprobs[i] for i in rows if found.bounded[i]]
+        at_most = math.fsum(math.inf if lp is None else math.exp(lp) for lp in missing)
+        unknown = any(lp is None for lp in missing)
+        if missing and (unknown or (config.missing_label == "fail" and at_most > NEGLIGIBLE * there)):
+            text = next(request.continuations[i] for i in rows if found.bounded[i])
+            detail = f"{text!r} is not among the log-probabilities that the server returned"
+            return Answer(None, Failure.LABEL_MISSING, detail, **spent)
+    logprobs = tuple(lp for lp in found.logprobs if lp is not None)
+    return Answer(logprobs, bounded=tuple(found.bounded) if any(found.bounded) else (), **spent)
+
+
+async def _all(work: list[Coroutine[Any, Any, T]]) -> list[T]:
+    """Results in order. The first exception (a stop, not a failed judgement) cancels the rest."""
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(one) for one in work]
+    return [task.result() for task in tasks]
+
+
+class _Loop:
+    """An event loop on a thread of its own, so that callers need not be asynchronous."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="rlme-endpoint", daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Start something; its exception, if any, is raised by the future as itself."""
+        return asyncio.run_coroutine_threadsafe(_unwrapped(work), self._loop)
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run something to its end."""
+        return self.submit(work).result()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+async def _unwrapped(work: Coroutine[Any, Any, T]) -> T:
+    try:
+        return await work
+    except BaseExceptionGroup as group:  # a task group wraps what stopped it; all its tasks stop for the same reason
+        raise group.exceptions[0] from None

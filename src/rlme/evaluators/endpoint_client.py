@@ -1,0 +1,226 @@
+"""One call to an OpenAI-compatible server: paced, bounded in time, retried while that can help, accounted for."""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import json
+import os
+import random
+import re
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from rlme.errors import InputError, RunStopped
+from rlme.evaluators.endpoint_config import EndpointConfig
+from rlme.evaluators.endpoint_limits import Account, Gate, Outage, Pace
+from rlme.evaluators.endpoint_wire import CallFailed, Usage, read_usage
+from rlme.judgement import Failure
+
+Reply = TypeVar("Reply")
+
+FIRST_PAUSE = 0.5
+"""Seconds before the first retry; doubled each time up to `LONGEST_PAUSE`, with jitter."""
+LONGEST_PAUSE = 30.0
+_TOO_LONG = re.compile(
+    r"context[ _](length|size|window)|maximum context|too long|too many tokens|longer than the model", re.I
+)
+
+
+class EndpointClient:
+    """Calls for one endpoint. All methods run on one event loop."""
+
+    def __init__(self, config: EndpointConfig) -> None:
+        try:
+            import openai
+        except ImportError:
+            raise InputError(
+                "an evaluator with `endpoint` needs the openai package: pip install 'rlme[endpoints]'"
+            ) from None
+        self.config = config
+        self._openai = openai
+        self.account = Account(config.prices, config.max_cost)
+        self.health_body: tuple[str, dict[str, Any]] | None = None
+        """Path and body of the cheapest real call, known once the server was probed."""
+        # Everything the client would read from the environment by itself is given here, so that no key of
+        # another service is ever sent to this one.
+        self._client = openai.AsyncOpenAI(
+            base_url=config.base_url,
+            api_key=_key(config),
+            organization="",
+            project="",
+            max_retries=0,
+            timeout=config.deadline,
+        )
+        self._slots = asyncio.Semaphore(config.concurrency)
+        self._requests = Pace(config.requests_per_minute)
+        self._tokens = Pace(config.tokens_per_minute)
+        self._gate = Gate()
+        self._outage = Outage(self._healthy, config.outage, gate=self._gate)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.close()
+
+    async def call(
+        self,
+        path: str,
+        body: dict[str, Any] | None,
+        read: Callable[[Any], Reply],
+        *,
+        tokens_in: int = 0,
+        tokens_out: int = 0,
+    ) -> tuple[Reply, Usage]:
+        """POST `body` (None: GET) until `read` accepts the reply; returns what it read and the tokens of that attempt.
+
+        `tokens_in` and `tokens_out` are an estimate for limits and cap; a call without tokens (tokenising) is free of
+        both. Raises `CallFailed` when no attempt helped, `RunStopped` at an outage longer than the budget or at the
+        cost cap.
+        """
+        failed, first_failure = 0, time.monotonic()
+        while True:
+            try:
+                return await self._attempt(path, body, read, tokens_in, tokens_out)
+            except CallFailed as failure:
+                self.account.failures[failure.kind] += 1
+                if not failure.passing:
+                    raise
+                self._give_up_at_long_waits(failure)
+                if not failed:
+                    first_failure = time.monotonic()
+                failed += 1
+                if failure.kind is Failure.RATE_LIMITED:  # a limit is waited out; attempts do not count
+                    spent = time.monotonic() - first_failure >= self.config.outage
+                else:
+                    spent = failed > self.config.retries
+                if spent:
+                    # Before the probe is through there is no way to tell an outage from a wrong address.
+                    if self.health_body is None or not await self._outage.over():
+                        raise
+                    failed = 0
+                self.account.retries += 1
+                await self._pause(failed, failure)
+
+    def _give_up_at_long_waits(self, failure: CallFailed) -> None:
+        if failure.fatal:
+            raise RunStopped(f"the evaluator's endpoint refuses to go on: {failure.detail}") from None
+        if failure.retry_after is not None and failure.retry_after > self.config.outage:
+            raise RunStopped(
+                f"the evaluator's endpoint asks to wait {failure.retry_after:.0f} s, longer than `outage` "
+                f"({self.config.outage:.0f} s): {failure.detail}"
+            ) from None
+
+    async def _attempt(
+        self, path: str, body: dict[str, Any] | None, read: Callable[[Any], Reply], tokens_in: int, tokens_out: int
+    ) -> tuple[Reply, Usage]:
+        estimate = tokens_in + tokens_out
+        async with self._slots:
+            await self._gate.passed()
+            if not estimate:
+                return read(await self._send(path, body)), Usage()
+            reserved = self.account.reserve(tokens_in, tokens_out)
+            usage = Usage()
+            try:
+                await self._requests.take()
+                await self._tokens.take(estimate)
+                self.account.calls += 1
+                reply = await self._send(path, body)
+                usage = read_usage(reply)
+                return read(reply), usage
+            finally:
+                self.account.settle(reserved, usage)
+                if usage.tokens_in:
+                    self._tokens.correct(usage.tokens_in + usage.tokens_out - estimate)
+
+    async def _send(self, path: str, body: dict[str, Any] | None) -> Any:
+        """One request on the wire; returns the decoded JSON."""
+        openai = self._openai
+        try:
+            async with asyncio.timeout(self.config.deadline):  # the client's own timeout is per chunk, not per call
+                if body is None:
+                    reply = await self._client.get(path, cast_to=object)
+                else:
+                    reply = await self._client.post(path, cast_to=object, body=self.config.extra_body | body)
+                # The client leaves a reply with another content type as text; JSON is JSON whatever it is called.
+                return json.loads(reply) if isinstance(reply, str) else reply
+        except (openai.APITimeoutError, TimeoutError):
+            raise CallFailed(Failure.TIMEOUT, f"no complete reply within {self.config.deadline:g} s") from None
+        except openai.APIStatusError as error:
+            raise _status_failure(error) from None
+        except openai.APIConnectionError as error:
+            cause = error.__cause__ or error
+            raise CallFailed(Failure.CONNECTION, f"{type(cause).__name__}: {cause}"[:300]) from None
+        except (ValueError, RecursionError) as error:
+            raise CallFailed(Failure.MALFORMED, f"the reply is not JSON ({error})"[:300]) from None
+
+    async def _healthy(self) -> bool:
+        if self.health_body is None:
+            return False
+        path, body = self.health_body
+        try:
+            await self._send(path, body)
+        except CallFailed:
+            return False
+        return True
+
+    async def _pause(self, failed: int, failure: CallFailed) -> None:
+        if failure.retry_after is not None:
+            self._gate.close_for(failure.retry_after)
+            await asyncio.sleep(failure.retry_after * random.uniform(1.0, 1.1))
+            return
+        longest = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(failed - 1, 10)) if failed else FIRST_PAUSE
+        await asyncio.sleep(random.uniform(0.5, 1.0) * longest)
+
+
+def _key(config: EndpointConfig) -> str:
+    if config.api_key_env is None:
+        return "none"
+    key = os.environ.get(config.api_key_env)
+    if not key:
+        raise InputError(
+            f"evaluator endpoint {config.base_url}: api_key_env names the environment variable "
+            f"{config.api_key_env!r}, which is not set"
+        )
+    return key
+
+
+def _status_failure(error: Any) -> CallFailed:
+    status = int(error.status_code)
+    body = error.body if isinstance(error.body, dict) else {}
+    detail = f"HTTP {status}: {error.message}"[:300]
+    wait = _retry_after(error.response.headers)
+    if status == 429:
+        spent = body.get("code") == "insufficient_quota"
+        return CallFailed(Failure.RATE_LIMITED, detail, fatal=spent, retry_after=wait, status=status)
+    if status in (408, 504):
+        return CallFailed(Failure.TIMEOUT, detail, status=status)
+    if status >= 500:  # a 503 may say when to come back, too
+        return CallFailed(Failure.SERVER_ERROR, detail, retry_after=wait, status=status)
+    too_long = status == 413 or body.get("code") == "context_length_exceeded" or _TOO_LONG.search(detail) is not None
+    kind = Failure.CONTEXT_TOO_LONG if too_long else Failure.REFUSED
+    return CallFailed(kind, detail, passing=False, status=status)
+
+
+def _retry_after(headers: Any) -> float | None:
+    """Seconds from `Retry-After` (a number or an HTTP date) or `retry-after-ms`; None where absent or unreadable."""
+    try:
+        if (ms := headers.get("retry-after-ms")) is not None:
+            return max(0.0, float(ms) / 1000)
+        value = headers.get("retry-after")
+        if value is None:
+            return None
+        if (date := email.utils.parsedate_to_datetime(value) if not _number(value) else None) is not None:
+            return max(0.0, date.timestamp() - time.time())
+        seconds = float(value)
+        return max(0.0, seconds) if seconds == seconds else None
+    except (ValueError, TypeError):
+        return None
+
+
+def _number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,278 @@
+"""Endpoint evaluators: exact numbers over HTTP for every kind of server, and refusals that say what to do."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+import fake_endpoint as fake
+from rlme.errors import InputError, RunStopped
+from rlme.evaluators import endpoint_tokens
+from rlme.evaluators.base import Evaluator
+from rlme.evaluators.endpoint import EndpointEvaluator
+from rlme.evaluators.endpoint_config import EndpointConfig, Prices
+from rlme.judgement import Failure, Message, Request
+
+LABELS = ("YES", "Yes", " yes", "NO", "No", " no")
+
+
+def ask(text: str, *labels: str, prefill: str = "") -> Request:
+    return Request(text, labels or LABELS, prefill)
+
+
+def chat(text: str, *labels: str, prefill: str = "") -> Request:
+    message: Message = {"role": "user", "content": text}
+    return Request((message,), labels or LABELS, prefill)
+
+
+def evaluator(server: Any, **config: Any) -> EndpointEvaluator:
+    return EndpointEvaluator(EndpointConfig(base_url=server.url, **config))
+
+
+@pytest.fixture(params=["vllm_ids", "llama"])
+def token_server(request: pytest.FixtureRequest) -> Iterator[Any]:
+    with fake.fake_endpoint(request.param) as server:
+        yield server
+
+
+def truth(request: Request) -> list[float]:
+    context = request.context
+    text = context if isinstance(context, str) else fake.render(context)
+    return [fake.true_logprob(text + request.prefill, c) for c in request.continuations]
+
+
+def test_exact_ids_text_chat_prefill_and_labels_of_several_tokens(token_server: Any) -> None:
+    judge = evaluator(token_server)
+    assert isinstance(judge, Evaluator) and judge.chat
+    requests = [
+        ask("Is it right? Response: ø", "YESø", "NOø"),
+        chat("Is it right?"),
+        chat("Is it right?", "YESø", "NOø", "maybe", prefill="ø"),
+        ask("Rate it:", "10", "12", "1x"),
+    ]
+    for request, answer in zip(requests, judge.logprobs(requests), strict=True):
+        assert answer.failure is None and not answer.bounded
+        assert answer.logprobs == pytest.approx(truth(request), abs=1e-12)
+        assert answer.tokens_in > 0 and answer.tokens_out >= 1
+    judge.close()
+
+
+def test_labels_share_the_calls_of_their_common_beginning(token_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint_tokens, "FIRST_TOP", 1000)
+    judge = evaluator(token_server)
+    before = token_server.calls["/v1/completions"]
+    judge.logprobs([ask("Rate it:", "10", "12", "1x")])  # 1 -> {0, 2, x}: two calls, not three times two
+    assert token_server.calls["/v1/completions"] - before == 2
+    judge.close()
+
+
+def test_order_of_answers_is_the_order_of_requests_whatever_the_timing(token_server: Any) -> None:
+    judge = evaluator(token_server, concurrency=16)
+    token_server.delay = 0.02
+    requests = [ask(f"Question {i}?") for i in range(100)]
+    for request, answer in zip(requests, judge.logprobs(requests), strict=True):
+        assert answer.logprobs == pytest.approx(truth(request))
+    assert 2 <= token_server.most_active <= 16
+    judge.close()
+
+
+def test_start_returns_at_once(token_server: Any) -> None:
+    judge = evaluator(token_server, concurrency=2)
+    token_server.delay = 0.2
+    began = time.monotonic()
+    future = judge.start([ask(f"{i}?") for i in range(6)])
+    assert time.monotonic() - began < 0.1
+    assert len(future.result()) == 6
+    judge.close()
+
+
+def test_hosted_chat_takes_whole_tokens_only() -> None:
+    with fake.fake_endpoint("hosted") as server:
+        judge = evaluator(server)
+        assert "one-token labels only, the 20 most likely" in judge.summary
+        assert judge.spellings(["YES", "YESø", "No", "maybe"]) == ("YES", "No")
+        assert judge.count_tokens("abc") is None
+        request = chat("Is it right?", "YES", "NO")
+        (answer,) = judge.logprobs([request])
+        assert answer.logprobs == pytest.approx(truth(request))
+        with pytest.raises(InputError, match="use the read-out yes_no"):
+            judge.logprobs([chat("Is it right?", prefill="ø")])
+        with pytest.raises(InputError, match="use a chat template"):
+            judge.logprobs([ask("Is it right?")])
+        judge.close()
+
+
+def test_legacy_completions_without_chat() -> None:
+    with fake.fake_endpoint("legacy") as server:
+        judge = evaluator(server, missing_label="bound")
+        assert not judge.chat
+        with pytest.raises(InputError, match="template of kind text"):
+            judge.logprobs([chat("Is it right?")])
+        request = ask("Is it right?", "YES", "NO")
+        (answer,) = judge.logprobs([request])
+        assert answer.logprobs is not None
+        for value, true, bounded in zip(answer.logprobs, truth(request), answer.bounded or (False, False), strict=True):
+            assert value >= true - 1e-9 if bounded else value == pytest.approx(true)
+        judge.close()
+
+
+def test_a_label_outside_the_list_is_a_failure_or_a_marked_bound() -> None:
+    with fake.fake_endpoint("vllm") as server:  # top 20, no named ids
+        failing, bounding = evaluator(server), evaluator(server, missing_label="bound")
+        requests = [ask(f"Question {i}?", "YES", "~") for i in range(40)]
+        pairs = list(zip(requests, failing.logprobs(requests), bounding.logprobs(requests), strict=True))
+        assert {a.failure for _, a, _ in pairs} == {None, Failure.LABEL_MISSING}
+        for request, strict, bound in pairs:
+            assert bound.logprobs is not None
+            if strict.failure is None:
+                assert strict.logprobs == bound.logprobs == pytest.approx(truth(request))
+            else:
+                assert strict.logprobs is None and "not among" in strict.detail and any(bound.bounded)
+                for value, true, bounded in zip(bound.logprobs, truth(request), bound.bounded, strict=True):
+                    assert value > true if bounded else value == pytest.approx(true)
+        failing.close()
+        bounding.close()
+
+
+def test_a_missing_spelling_is_no_missing_label_when_it_cannot_matter() -> None:
+    with fake.fake_endpoint("vllm") as server:
+        judge = evaluator(server)
+        requests = [ask(f"Question {i}?") for i in range(60)]
+        answers = judge.logprobs(requests)
+        bounded = [(r, a) for r, a in zip(requests, answers, strict=True) if any(a.bounded)]
+        for request, answer in bounded:
+            assert answer.logprobs is not None
+            for label in (slice(0, 3), slice(3, 6)):
+                told = math.fsum(map(math.exp, answer.logprobs[label]))
+                assert told == pytest.approx(math.fsum(map(math.exp, truth(request)[label])), rel=0.0101)
+        judge.close()
+
+
+def test_labels_beyond_the_first_hundred_are_asked_for_again() -> None:
+    with fake.fake_endpoint("llama") as server:
+        judge = evaluator(server)
+        requests = [ask(f"Question {i}?", "~", "`", "^") for i in range(20)]
+        for request, answer in zip(requests, judge.logprobs(requests), strict=True):
+            assert answer.logprobs == pytest.approx(truth(request))
+        judge.close()
+
+
+def test_too_long_contexts_fail_and_are_never_cut(token_server: Any) -> None:
+    judge = evaluator(token_server)
+    short, long = judge.logprobs([ask("ok?"), ask("x" * 500)])
+    assert short.failure is None
+    assert long.failure is Failure.CONTEXT_TOO_LONG and long.logprobs is None
+    token_server.cut_at = 50  # a server that cuts silently
+    (cut,) = judge.logprobs([ask("x" * 80)])
+    assert cut.failure is Failure.CONTEXT_TOO_LONG and "read 50 of 80" in cut.detail
+    judge.close()
+
+
+def test_context_limit_told_by_a_hosted_server() -> None:
+    with fake.fake_endpoint("hosted") as server:
+        judge = evaluator(server)
+        (answer,) = judge.logprobs([chat("x" * 500, "YES")])
+        assert answer.failure is Failure.CONTEXT_TOO_LONG
+        judge.close()
+
+
+def test_spellings_drop_what_begins_with_another(token_server: Any) -> None:
+    judge = evaluator(token_server)
+    assert judge.spellings(["YES", "YESø", "NO", "1", "12", "12"]) == ("YES", "NO", "1")
+    assert judge.count_tokens("YES NO!") == 3
+    judge.close()
+
+
+def test_write_is_greedy_text(token_server: Any) -> None:
+    judge = evaluator(token_server)
+    short, long = judge.write([ask("Why?"), ask("x" * 500)], max_tokens=4)
+    ids = fake.encode("Why?")
+    for _ in range(4):
+        row = fake.next_logprobs(ids)
+        ids.append(row.index(max(row)))
+    assert short == "".join(fake.VOCABULARY[i] for i in ids[4:])
+    assert long is Failure.CONTEXT_TOO_LONG
+    judge.close()
+
+
+def test_what_a_server_cannot_do_is_refused_at_the_start() -> None:
+    refusal = r"returns no log-probabilities.*use vLLM"
+    with fake.fake_endpoint("none") as server, pytest.raises(InputError, match=refusal):
+        evaluator(server)
+    with fake.fake_endpoint("hosted") as server, pytest.raises(InputError, match="completions: HTTP 404"):
+        evaluator(server, api="completions")
+    with fake.fake_endpoint("llama", models=("a", "b")) as server:
+        with pytest.raises(InputError, match=r"serves 2 models \('a', 'b'\)"):
+            evaluator(server)
+        with pytest.raises(InputError, match="does not serve the model 'c'; it serves 'a', 'b'"):
+            evaluator(server, model="c")
+    with pytest.raises(InputError, match="cannot be used"):
+        EndpointEvaluator(EndpointConfig(base_url="http://127.0.0.1:9/v1", retries=0))
+
+
+def test_keys_come_from_the_environment_and_only_where_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "of-another-service")
+    with fake.fake_endpoint("llama", key="s3cret") as server:
+        with pytest.raises(InputError, match=r"HTTP 401.*api_key_env") as error:
+            evaluator(server)
+        assert "of-another-service" not in str(error.value)
+        with pytest.raises(InputError, match="'MY_KEY', which is not set"):
+            evaluator(server, api_key_env="MY_KEY")
+        monkeypatch.setenv("MY_KEY", "s3cret")
+        judge = evaluator(server, api_key_env="MY_KEY")
+        assert judge.logprobs([ask("ok?")])[0].failure is None
+        assert "s3cret" not in repr(judge.config) + judge.identity + judge.summary
+        judge.close()
+
+
+def test_requests_per_minute_are_evenly_spaced() -> None:
+    with fake.fake_endpoint("vllm_ids") as server:
+        judge = evaluator(server, requests_per_minute=1200, concurrency=32)
+        server.started.clear()
+        judge.logprobs([ask(f"{i}?") for i in range(12)])
+        calls = sum(path == "/v1/completions" for path, _ in server.bodies[-24:])
+        assert calls >= 12 and server.started[-1] - server.started[0] >= 11 * 0.05 * 0.95
+        judge.close()
+
+
+def test_tokens_per_minute_hold_calls_back() -> None:
+    with fake.fake_endpoint("vllm_ids") as server:
+        judge = evaluator(server, tokens_per_minute=60_000)  # 1000 a second
+        began = time.monotonic()
+        judge.logprobs([ask(f"{i:099}", "YES") for i in range(6)])  # 6 x 100 tokens
+        assert time.monotonic() - began > 0.45
+        judge.close()
+
+
+def test_cost_is_counted_and_capped() -> None:
+    prices = Prices(input=10.0, cached_input=2.0, output=100.0)
+    assert prices.cost(1_000_000, 500_000, 10_000) == pytest.approx(5 + 1 + 1)
+    with fake.fake_endpoint("vllm_ids") as server:
+        judge = evaluator(server, prices=prices, max_cost=0.02)
+        answers = judge.logprobs([ask(f"{i:099}", "YES") for i in range(5)])
+        assert answers[0].cost == pytest.approx(prices.cost(99, 49, 1))
+        assert judge.account.cost >= sum(a.cost for a in answers)
+        with pytest.raises(RunStopped, match="max_cost"):
+            judge.logprobs([ask(f"{i:099}", "YES") for i in range(50)])
+        assert judge.account.cost <= 0.02
+        judge.close()
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"base_url": "localhost:8000"},
+        {"base_url": "http://me:pw@host/v1"},
+        {"base_url": "http://host", "retries": -1},
+        {"base_url": "http://host", "max_cost": 1.0},
+        {"base_url": "http://host", "tempo": 1},
+    ],
+)
+def test_bad_configuration(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        EndpointConfig(**bad)
