@@ -1,0 +1,166 @@
+"""The judge cache: exact, shared by processes, bounded, and never a home for failures."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from rlme.errors import InputError
+from rlme.evaluators.base import Evaluator
+from rlme.evaluators.cache import CachedEvaluator, JudgeCache, model_identity
+from rlme.judgement import Answer, Failure, Message, Request
+
+
+class Counting:
+    """An evaluator that counts what it is asked; contexts with "fail" in them fail."""
+
+    name, chat = "counting", True
+
+    def __init__(self) -> None:
+        self.asked: list[Request] = []
+
+    def logprobs(self, requests: Sequence[Request]) -> list[Answer]:
+        self.asked += requests
+        return [
+            Answer.failed(Failure.TIMEOUT, "late")
+            if "fail" in str(r.context)
+            else Answer(tuple(-random.Random(f"{r}{c}").random() for c in r.continuations), tokens_in=9, cost=0.5)
+            for r in requests
+        ]
+
+    def write(self, requests: Sequence[Request], *, max_tokens: int) -> list[str | Failure]:
+        self.asked += requests
+        return [Failure.TIMEOUT if "fail" in str(r.context) else f"{r.context} {max_tokens}" for r in requests]
+
+    def spellings(self, candidates: Sequence[str]) -> tuple[str, ...]:
+        return tuple(candidates)
+
+    def count_tokens(self, context: str | tuple[Message, ...]) -> int | None:
+        return 3
+
+
+def cached(path: Path, identity: str = "m@1") -> tuple[CachedEvaluator, Counting]:
+    inner = Counting()
+    return CachedEvaluator(inner, JudgeCache(path), identity=identity), inner
+
+
+REQUESTS = [Request(f"context {i}", ("YES", "NO")) for i in range(20)]
+
+
+def test_second_time_is_free_and_bit_for_bit_equal(tmp_path: Path) -> None:
+    first, _ = cached(tmp_path / "c.sqlite")
+    assert isinstance(first, Evaluator) and (first.name, first.chat) == ("counting", True)
+    answers = first.logprobs(REQUESTS)
+    second, inner = cached(tmp_path / "c.sqlite")
+    again = second.logprobs(REQUESTS[::-1])[::-1]
+    assert not inner.asked and second.hits == 20
+    assert [a.logprobs for a in again] == [a.logprobs for a in answers]
+    assert all((a.tokens_in, a.cost) == (0, 0.0) for a in again)
+
+
+def test_equal_requests_in_a_batch_are_asked_and_paid_once(tmp_path: Path) -> None:
+    judge, inner = cached(tmp_path / "c.sqlite")
+    answers = judge.logprobs([REQUESTS[0], REQUESTS[1], REQUESTS[0], REQUESTS[0]])
+    assert len(inner.asked) == 2
+    assert answers[0].logprobs == answers[2].logprobs == answers[3].logprobs
+    assert sum(a.cost for a in answers) == 1.0
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Request("context 0", ("YES", "No")),
+        Request("context 0", ("NO", "YES")),
+        Request("context 0 ", ("YES", "NO")),
+        Request("context 0", ("YES", "NO"), "ø"),
+        Request(({"role": "user", "content": "context 0"},), ("YES", "NO")),
+    ],
+)
+def test_anything_else_is_another_key(tmp_path: Path, other: Request) -> None:
+    judge, inner = cached(tmp_path / "c.sqlite")
+    judge.logprobs([REQUESTS[0], other])
+    assert len(inner.asked) == 2
+
+
+def test_another_model_or_revision_is_another_key(tmp_path: Path) -> None:
+    cached(tmp_path / "c.sqlite", "m@1")[0].logprobs(REQUESTS)
+    judge, inner = cached(tmp_path / "c.sqlite", "m@2")
+    judge.logprobs(REQUESTS)
+    assert len(inner.asked) == 20
+
+
+def test_failures_and_infinities_are_not_kept(tmp_path: Path) -> None:
+    judge, inner = cached(tmp_path / "c.sqlite")
+    bad = Request("fail", ("YES",))
+    for _ in range(2):
+        assert judge.logprobs([bad])[0].failure is Failure.TIMEOUT
+        assert judge.write([bad], max_tokens=5) == [Failure.TIMEOUT]
+    assert len(inner.asked) == 4 and judge.cache.stats().answers == 0
+    inner.logprobs = lambda requests: [Answer((-math.inf,)) for _ in requests]  # type: ignore[method-assign]
+    judge.logprobs([REQUESTS[0]])
+    assert judge.cache.stats().answers == 0
+
+
+def test_written_text_is_kept_apart_by_length(tmp_path: Path) -> None:
+    judge, inner = cached(tmp_path / "c.sqlite")
+    assert judge.write(REQUESTS[:1], max_tokens=5) == judge.write(REQUESTS[:1], max_tokens=5) == ["context 0 5"]
+    assert judge.write(REQUESTS[:1], max_tokens=6) == ["context 0 6"]
+    assert len(inner.asked) == 2
+
+
+def test_size_is_bounded_and_the_oldest_go_first(tmp_path: Path) -> None:
+    cache = JudgeCache(tmp_path / "c.sqlite", max_bytes=300_000)
+    judge = CachedEvaluator(Counting(), cache, identity="m")
+    keep = Request("keep me", ("YES", "NO"))
+    judge.logprobs([keep])
+    for batch in range(40):
+        judge.logprobs([Request(f"{batch} {i}", ("YES", "NO")) for i in range(100)])
+        judge.logprobs([keep])  # used often: stays
+    assert cache.stats().bytes < 400_000 and 500 < cache.stats().answers < 4000
+    assert judge.misses == 4001
+
+
+def _work(path: str, seed: int) -> None:
+    judge = CachedEvaluator(Counting(), JudgeCache(path), identity="m")
+    for i in range(30):
+        judge.logprobs([Request(f"{(seed * 7 + i) % 50} {j}", ("YES", "NO")) for j in range(10)])
+
+
+def test_several_processes_share_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "c.sqlite"
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_work, args=(str(path), seed)) for seed in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
+    stats = JudgeCache(path).stats()
+    assert stats.answers == len({(s * 7 + i) % 50 for s in range(3) for i in range(30)}) * 10
+    assert stats.by_evaluator == {"m": stats.answers}
+
+
+def test_clear_and_a_file_that_is_no_cache(tmp_path: Path) -> None:
+    judge, _ = cached(tmp_path / "sub" / "c.sqlite")
+    judge.logprobs(REQUESTS)
+    assert judge.cache.clear() == 20 and judge.cache.stats().answers == 0
+    judge.cache.close()
+    other = tmp_path / "notes.txt"
+    other.write_text("no database " * 1000)
+    with pytest.raises(InputError, match=r"notes\.txt: cannot be used"):
+        JudgeCache(other)
+    assert other.read_text().startswith("no database")
+
+
+def test_identity_follows_the_weights(tmp_path: Path) -> None:
+    assert model_identity("org/model") == "org/model@main" != model_identity("org/model", "v2")
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"1")
+    before = model_identity(str(tmp_path))
+    weights.write_bytes(b"2")
+    assert model_identity(str(tmp_path)) != before
