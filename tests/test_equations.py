@@ -20,7 +20,9 @@ from rlme import Judging, MetaReward, Question, RLMETrainer
 
 G, PROMPTS, CLIP, TEMPERATURE = 3, 4, 0.99, 0.9
 TEXTS = [f"What is {a} plus {a + 1}?" for a in range(PROMPTS)]
-SPELLINGS = {label: [s for w in (label, label.capitalize(), label.lower()) for s in (w, " " + w)] for label in ("YES", "NO")}
+SPELLINGS = {
+    label: [s for w in (label, label.capitalize(), label.lower()) for s in (w, " " + w)] for label in ("YES", "NO")
+}
 
 
 def naive_logps(model: Any, context: list[int], continuation: list[int], temperature: float = 1.0) -> torch.Tensor:
@@ -67,11 +69,15 @@ class Capture(TrainerCallback):
         self.weights.append({n: p.detach().clone() for n, p in self.trainer.model.named_parameters()})
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.gradients.append({n: p.grad.clone() for n, p in self.trainer.model.named_parameters() if p.grad is not None})
+        self.gradients.append(
+            {n: p.grad.clone() for n, p in self.trainer.model.named_parameters() if p.grad is not None}
+        )
 
 
 @pytest.mark.parametrize("readout", ["marker", "yes_no"])
-@pytest.mark.parametrize(("token_budget", "accumulate", "share"), [(8192, 1, True), (64, 1, True), (8192, 2, True), (8192, 1, False)])
+@pytest.mark.parametrize(
+    ("token_budget", "accumulate", "share"), [(8192, 1, True), (64, 1, True), (8192, 2, True), (8192, 1, False)]
+)
 def test_rewards_advantages_and_gradient_equal_the_equations(
     tiny_base_dir: Path, tmp_path: Path, readout: str, token_budget: int, accumulate: int, share: bool
 ) -> None:

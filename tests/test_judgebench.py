@@ -10,7 +10,6 @@ import typer
 from sklearn.metrics import brier_score_loss, roc_auc_score
 from typer.testing import CliRunner
 
-from fake_judge import FakeJudge
 from rlme.align.judge import PairwiseJudge
 from rlme.align.protocols import PROTOCOLS
 from rlme.errors import InputError
@@ -22,6 +21,7 @@ from rlme.judgebench.report import markdown, page
 from rlme.judgebench.run import Record, Run, judge_pairs, judge_points, load_recorded, save_records
 from rlme.judging import Judging
 from rlme.questions import Question
+from tests.fake_judge import FakeJudge
 
 app = typer.Typer()
 app.command()(judge_bench)

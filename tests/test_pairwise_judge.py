@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from fake_judge import FakeJudge, sections, text_of
 from rlme.align.judge import CUT_MARK, Comparison, PairwiseJudge, choice
 from rlme.align.protocols import PROTOCOLS, load_protocol
 from rlme.errors import InputError
 from rlme.judgement import Answer, Failure, Request
+from tests.fake_judge import FakeJudge, sections, text_of
 
 PAIR = Comparison("Name the capital of France.", "It is Paris .", "It is Lyon .", ("Paris is it .",))
 

@@ -61,7 +61,14 @@ def setting(tmp_path: Path, model: Path, name: str, **changes: Any) -> Path:
         data={"eval": str(held_out)},
         evaluators=["live", "frozen"],
         reward={"mode": "rlvr+rlme", "anchor": 0.5},
-        train={"steps": STEPS, "checkpoint_every": 2, "keep_checkpoints": 1, "eval_every": 3, "seed": 5, **changes.pop("train", {})},
+        train={
+            "steps": STEPS,
+            "checkpoint_every": 2,
+            "keep_checkpoints": 1,
+            "eval_every": 3,
+            "seed": 5,
+            **changes.pop("train", {}),
+        },
         **changes,
     )
 
@@ -133,7 +140,9 @@ def test_a_checkpoint_cut_off_while_being_written_does_not_count(tiny_policy_dir
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tiny_policy_dir: Path, tmp_path: Path) -> None:
-    config = setting(tmp_path, tiny_policy_dir, "interrupted", train={"steps": 500, "checkpoint_every": 400, "eval_every": 400})
+    config = setting(
+        tmp_path, tiny_policy_dir, "interrupted", train={"steps": 500, "checkpoint_every": 400, "eval_every": 400}
+    )
     run = config.parent / "run"
     process = start("train", str(config))
     while not (run / "metrics.jsonl").is_file() or (run / "metrics.jsonl").read_text().count("\n") < 3:

@@ -131,13 +131,13 @@ class JudgingConfig(Section):
     scale: expected rating 0-4. reason: write a critique first, then `reason_then`. auto: marker for text, yes_no for
     chat."""
     joint: bool = False
-    """Ask all questions in one block, each after the target answers of those before it (the paper's two-question run)."""
+    """Ask all questions in one block, each after the target answers of those before (the paper's two-question run)."""
     reason_tokens: int = Field(128, ge=1)
     """Longest critique of the `reason` read-out, in tokens."""
     reason_then: Literal["marker", "yes_no", "scale"] = "yes_no"
     """What is read after the critique."""
     max_context_tokens: int | None = Field(None, ge=16)
-    """Longest context an evaluator is given; a longer one is a failed judgement, never cut. Default: the model's own."""
+    """Longest context an evaluator is given; a longer one is a failed judgement, never cut. Default: its own limit."""
     mass_warning: float = Field(0.5, ge=0, le=1)
     """Warn when the mean probability on all labels together is below this."""
 
@@ -184,7 +184,7 @@ class RewardConfig(Section):
     mode: Literal["rlme", "rlvr", "rlvr+rlme"] = "rlme"
     """rlme: equation 3. rlvr: 1 if the answer is right, else 0. rlvr+rlme: both."""
     combine: Literal["normalized", "sum"] = "normalized"
-    """rlvr+rlme: each part to mean 0 and std 1 within the batch, then added (the paper's Tables 1-2); or plainly added."""
+    """rlvr+rlme: each part to mean 0, std 1 within the batch, then added (the paper's Tables 1-2); or plainly added."""
     rlvr_weight: float = 1.0
     """Weight of the verifiable part in rlvr+rlme."""
     rlme_weight: float = 1.0
@@ -223,7 +223,7 @@ class TrainConfig(Section):
     loss: Literal["cispo", "grpo", "bnpo", "dr_grpo", "dapo", "luspo", "sapo", "vespo"] = "cispo"
     """Policy loss, by TRL's names."""
     clip: float | None = Field(None, gt=0)
-    """CISPO: absolute upper bound on the importance ratio, 5.0 by default. Other losses: TRL's epsilon, by default 0.2."""
+    """CISPO: absolute upper bound on the importance ratio, default 5.0. Other losses: TRL's epsilon, default 0.2."""
     ratio: Literal["sequence", "token"] = "sequence"
     """Level of the importance ratio."""
     updates_per_batch: int = Field(1, ge=1)
@@ -270,7 +270,7 @@ class Config(Section):
     """A run of `rlme train`."""
 
     model: Annotated[ModelConfig, _from("path")]
-    """The policy: `Qwen/Qwen2.5-0.5B-Instruct`, a folder, a .gguf file, `builtin:smollm2-135m`, or {path, dtype, ...}."""
+    """The policy: a hub id, a folder, a .gguf file, `builtin:smollm2-135m`, or {path, dtype, revision, ...}."""
     data: Annotated[DataConfig, _from("train")]
     """Prompts, and gold if there is any."""
     questions: Annotated[dict[str, QuestionConfig], BeforeValidator(_named_questions)] = {}
@@ -304,7 +304,9 @@ class Config(Section):
         for key, wants in (("mode", self.reward.mode != "rlme"), ("anchor", self.reward.anchor > 0)):
             if wants and self.data.answer is None:
                 value = getattr(self.reward, key)
-                raise ValueError(f"reward.{key} is {value!r}, which needs known answers: set data.answer to their column")
+                raise ValueError(
+                    f"reward.{key} is {value!r}, which needs known answers: set data.answer to their column"
+                )
         names = [e.label for e in self.evaluators]
         if duplicate := next((n for n in names if names.count(n) > 1), None):
             raise ValueError(f"two evaluators are called {duplicate!r}: give one of them another `name`")

@@ -246,9 +246,7 @@ def _prompt(
             return f"{system}\n\n{value}" if system else value
         messages = [{"role": "user", "content": value}]
     else:
-        raise InputError(
-            f"{where}: column {prompt!r} holds {type(value).__name__}; expected text or chat messages."
-        )
+        raise InputError(f"{where}: column {prompt!r} holds {type(value).__name__}; expected text or chat messages.")
     if system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
     return messages
@@ -299,9 +297,7 @@ def _token_counts(
             text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
         except Exception as error:  # raised by the model's own template
             roles = ", ".join(message["role"] for message in prompt)
-            raise InputError(
-                f"data: the chat template refuses messages with the roles {roles} ({error})."
-            ) from None
+            raise InputError(f"data: the chat template refuses messages with the roles {roles} ({error}).") from None
         texts.append(str(text))
     if limit is None:
         return [0] * len(prompts)

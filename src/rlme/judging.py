@@ -263,6 +263,4 @@ def read(answer: Answer, plan: _Plan, evaluator: str, critique: str | None = Non
         # log 0: the number exists in principle, but no finite reward can be made of it
         return Judgement(score=None, failure=Failure.NOT_A_NUMBER, **base)
     score, probability = plan.readout.score(labels, plan.question.target)
-    return Judgement(
-        score=score, probability=probability, logprobs=labels, mass=min(1.0, math.exp(total)), **base
-    )
+    return Judgement(score=score, probability=probability, logprobs=labels, mass=min(1.0, math.exp(total)), **base)

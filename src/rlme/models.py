@@ -129,9 +129,7 @@ def load_model(
         )
         from peft import PeftModel
 
-        return cast(
-            "PreTrainedModel", PeftModel.from_pretrained(base, parsed.location).merge_and_unload().eval()
-        )
+        return cast("PreTrainedModel", PeftModel.from_pretrained(base, parsed.location).merge_and_unload().eval())
     if load_in_4bit:
         _check_4bit(parsed, target)
         options["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
@@ -141,9 +139,7 @@ def load_model(
     location = _transformers_location(parsed)
     with _as_input_error(parsed):
         _check_causal(parsed, location, revision, trust_remote_code)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            location, dtype=dtype, output_loading_info=True, **options
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, output_loading_info=True, **options)
     model, info = loaded
     if info["missing_keys"]:  # transformers fills them with random numbers and only warns
         missing = ", ".join(sorted(info["missing_keys"])[:3])
@@ -220,9 +216,7 @@ def _file_digest(path: Path) -> bytes:
 
 
 def _has_tokenizer(folder: Path) -> bool:
-    return any(
-        (folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-    )
+    return any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"))
 
 
 def _adapter_base(source: ModelSource) -> str:

@@ -161,7 +161,9 @@ READOUTS = {
         f"{MARKER}YES{MARKER} or {MARKER}NO{MARKER}",
     ),
     "yes_no": Readout("yes_no", "", {label: _spellings(label) for label in ("YES", "NO")}, "Yes or No"),
-    "scale": Readout("scale", "", {r: (r, " " + r) for r in RATINGS}, "a whole number from 0 (not at all) to 4 (fully)"),
+    "scale": Readout(
+        "scale", "", {r: (r, " " + r) for r in RATINGS}, "a whole number from 0 (not at all) to 4 (fully)"
+    ),
 }
 
 

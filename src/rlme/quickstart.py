@@ -50,7 +50,9 @@ def before_after_answers(run: Path, console: Console, table: Path | None, shown:
     sides.add_column(f"after (step {last})", ratio=4)
     for b, a in list(zip(before, after, strict=True))[:shown]:
         question = b["prompt"].rsplit("user\n", 1)[-1].split("<|im_end|>")[0]
-        sides.add_row(Text(plain(question, 120)), *(Text(f"{plain(r['completion'], 300)}\n\n{_verdicts(r)}") for r in (b, a)))
+        sides.add_row(
+            Text(plain(question, 120)), *(Text(f"{plain(r['completion'], 300)}\n\n{_verdicts(r)}") for r in (b, a))
+        )
     console.print(sides)
     rows = []
     for name, value in (("has a list (counted by rule, never in the reward)", has_list),):
@@ -90,7 +92,9 @@ def _cell(row: dict[str, Any], side: str) -> str:
 
 
 def _verdicts(row: dict[str, Any]) -> str:
-    return "  ".join(f"[{j['question']} {'-' if j['failure'] else format(j['probability'], '.2f')}]" for j in row["judgements"])
+    return "  ".join(
+        f"[{j['question']} {'-' if j['failure'] else format(j['probability'], '.2f')}]" for j in row["judgements"]
+    )
 
 
 def _mean_probability(rows: list[dict[str, Any]], evaluator: str, question: str) -> float | None:

@@ -132,7 +132,7 @@ class MetaReward:
         self.completion_format = completion_format or ("auto" if answer else None)
         self.compare = compare
         self.max_failure_rate = max_failure_rate
-        self._options = {
+        self._options: dict[str, Any] = {
             "token_budget": token_budget,
             "share": share_prefixes,
             "max_context_tokens": max_context_tokens,

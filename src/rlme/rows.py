@@ -31,9 +31,7 @@ class Rows:
     numbers: list[int]
 
 
-def load_rows(
-    source: str | Path, *, split: str = "train", name: str | None = None, limit: int | None = None
-) -> Rows:
+def load_rows(source: str | Path, *, split: str = "train", name: str | None = None, limit: int | None = None) -> Rows:
     """The rows of a .jsonl, .json, .csv or .parquet file, or of a dataset that `datasets` can load.
 
     Args:

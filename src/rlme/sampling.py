@@ -221,9 +221,7 @@ class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     room: tuple[Tensor, Tensor] | None = None  # keys and values, [R, heads, length and more, d]
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append [R, heads, T, d] and return everything held, as views."""
         held = self.get_seq_length()
         stop = held + key_states.shape[2]

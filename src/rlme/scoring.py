@@ -189,8 +189,7 @@ def completion_logps(
     for pack in packs:
         forward = _forward(model, [sequences[b] for b in pack], share=share)
         reads = [
-            path[len(prompts[b]) - 1 :][: len(completions[b])]
-            for b, path in zip(pack, forward.paths, strict=True)
+            path[len(prompts[b]) - 1 :][: len(completions[b])] for b, path in zip(pack, forward.paths, strict=True)
         ]
         targets = [token for b in pack for token in completions[b]]
         where.extend(b * longest + torch.arange(len(completions[b])) for b in pack)

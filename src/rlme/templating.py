@@ -26,9 +26,7 @@ _ENVIRONMENT = ImmutableSandboxedEnvironment(
 
 @lru_cache(maxsize=1024)
 def _compiled(template: str) -> tuple[Template, frozenset[str]]:
-    return _ENVIRONMENT.from_string(template), frozenset(
-        meta.find_undeclared_variables(_ENVIRONMENT.parse(template))
-    )
+    return _ENVIRONMENT.from_string(template), frozenset(meta.find_undeclared_variables(_ENVIRONMENT.parse(template)))
 
 
 def _parsed(template: str, where: str) -> tuple[Template, frozenset[str]]:
@@ -36,8 +34,7 @@ def _parsed(template: str, where: str) -> tuple[Template, frozenset[str]]:
         return _compiled(template)
     except TemplateSyntaxError as error:
         raise InputError(
-            f"{where}: the template {_short(template)} is not valid Jinja "
-            f"(line {error.lineno}: {error.message})."
+            f"{where}: the template {_short(template)} is not valid Jinja (line {error.lineno}: {error.message})."
         ) from None
 
 

@@ -141,9 +141,7 @@ def _dispatch(base: str) -> Any:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         if tree_layout is None:
-            output: tuple[Tensor, Tensor | None] = attend_as_before(
-                module, query, key, value, attention_mask, **kwargs
-            )
+            output: tuple[Tensor, Tensor | None] = attend_as_before(module, query, key, value, attention_mask, **kwargs)
             return output
         refused = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
         if refused or kwargs.get("is_causal") is False:

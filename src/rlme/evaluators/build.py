@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from rlme.errors import InputError
 from rlme.evaluators.base import Evaluator
@@ -30,7 +30,7 @@ def model_evaluator(
     source: str,
     *,
     name: str | None = None,
-    dtype: str = "auto",
+    dtype: Literal["float32", "bfloat16", "auto"] = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
     load_in_4bit: bool = False,
@@ -43,7 +43,7 @@ def model_evaluator(
     device = default_device()
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
-    loading = {"revision": revision, "trust_remote_code": trust_remote_code}
+    loading: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     model = load_model(source, dtype=dtype, load_in_4bit=load_in_4bit, device=device, **loading)
     tokenizer = load_tokenizer(source, **loading)
     name = name or source.rstrip("/").removesuffix(".gguf").split("/")[-1].split(":")[-1]

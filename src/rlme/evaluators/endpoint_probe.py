@@ -74,11 +74,10 @@ async def _token_server(client: EndpointClient, model: str, meta: dict[str, Any]
         vocabulary = (meta.get("meta") or {}).get("n_vocab")
         if not isinstance(context, int) or not isinstance(vocabulary, int):
             return None  # some other server with a route of this name
-        server.limit, server.top = context, vocabulary
+        server.limit, server.top, server.plain = context, vocabulary, reply["tokens"][-1]
 
     ids = await server.encode("1 2 3", "")
     body: dict[str, Any] = {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 1.0}
-    client.health_body = None
     if server.kind == "vLLM":
         body["return_tokens_as_token_ids"] = True
         named = max(ids)  # any valid id that is hardly among the most likely ones
@@ -92,7 +91,10 @@ async def _token_server(client: EndpointClient, model: str, meta: dict[str, Any]
         server.top = await _largest_top(client, "/completions", body, lambda n: {"logprobs": n})
     else:
         top, _ = await client.call(
-            "/completions", body | {"logprobs": 5}, lambda r: read_next_tokens(r, asked=5), tokens_in=4
+            "/completions",
+            body | {"logprobs": 5} | server.draw_plain(),
+            lambda r: read_next_tokens(r, asked=5),
+            tokens_in=4,
         )
         if not top.by_id:
             return None

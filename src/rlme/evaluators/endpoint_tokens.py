@@ -36,7 +36,8 @@ class TokenServer:
     """A server with a tokenizer route.
 
     `label_ids`: it gives log-probabilities of named tokens (vLLM's `logprob_token_ids`). `top`: alternatives it returns
-    at most. `limit`: its longest context in tokens. `chat`: it has a chat template.
+    at most. `limit`: its longest context in tokens. `chat`: it has a chat template. `plain`: id of an
+    ordinary token.
     """
 
     client: EndpointClient
@@ -47,6 +48,7 @@ class TokenServer:
     label_ids: bool = False
     top: int = 20
     limit: int | None = None
+    plain: int | None = None
 
     def __post_init__(self) -> None:
         self._spelled: dict[str, tuple[int, ...]] = {}
@@ -138,10 +140,9 @@ class TokenServer:
         count = min(self.top, FIRST_TOP)
         while True:
             body: dict[str, Any] = self._body(context, max_tokens=1) | {"temperature": 1.0, "logprobs": count}
+            body |= self.draw_plain()
             if self.kind == "vLLM":
                 body["return_tokens_as_token_ids"] = True
-            else:  # llama.cpp reports nothing when the token drawn ends the text; its log-probabilities do not change
-                body["ignore_eos"] = True
             if self.label_ids:
                 body["logprob_token_ids"] = heads
 
@@ -157,6 +158,11 @@ class TokenServer:
             if count >= self.top or all(head in tokens.by_id for head in heads):
                 return tokens
             count = self.top
+
+    def draw_plain(self) -> dict[str, Any]:
+        """What makes llama.cpp draw an ordinary token: it reports nothing when the token it draws ends the text or is
+        half a character. The log-probabilities are taken before that and do not change."""
+        return {} if self.plain is None else {"logit_bias": {str(self.plain): 100}}
 
     async def write(self, request: Request, max_tokens: int) -> tuple[str, Usage]:
         """Greedy text after a context."""

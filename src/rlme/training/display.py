@@ -103,8 +103,7 @@ def examples(rows: list[Record], step: int) -> Panel:
     table.add_column("completion", ratio=1)
     for row in chosen:
         verdicts = "\n".join(
-            f"{j['question'][:24]} ({j['evaluator']}): "
-            + (j["failure"] if j["failure"] else f"{j['probability']:.3f}")
+            f"{j['question'][:24]} ({j['evaluator']}): " + (j["failure"] if j["failure"] else f"{j['probability']:.3f}")
             for j in row["judgements"]
         )
         gold = "" if row["correct"] is None else "right" if row["correct"] else "wrong"

@@ -249,7 +249,7 @@ class Alarm:
         recent_reward = fmean(self._rewards)
         rises = recent_reward >= self._highest
         self._highest = max(self._highest, recent_reward)
-        sentences = []
+        falls = []
         for name, value in heldout.items():
             if not math.isfinite(value):
                 continue
@@ -259,13 +259,14 @@ class Alarm:
             if rises and fall is not None and name not in self._fired:
                 best, last_good, now = fall
                 self._fired[name] = last_good
-                sentences.append(
-                    f"{name} on held-out prompts fell from {best:.3f} (up to step {last_good}) to {now:.3f} "
-                    f"at step {step} while the reward rose to {recent_reward:.4g}, its highest so far: the "
-                    f"policy probably pleases the evaluator instead of answering better. "
-                    f"Prefer the checkpoint of step {last_good}."
-                )
-        return " ".join(sentences) or None
+                falls.append(f"{name} fell from {best:.3f} (up to step {last_good}) to {now:.3f}")
+        if not falls:
+            return None
+        return (
+            f"the reward rose to {recent_reward:.4g}, its highest so far, but on held-out prompts "
+            f"{' and '.join(falls)}: the policy probably pleases its evaluator instead of answering better. "
+            f"Prefer the checkpoint of step {self.before}."
+        )
 
     @property
     def before(self) -> int | None:

@@ -105,7 +105,9 @@ class Recorder(TrainerCallback):
         held_out = {k: v for k, v in record.items() if k in ("gold/accuracy", "eval/gold/accuracy")}
         weights = self.trainer.reward.weights
         names = [
-            f"{e.name}/{q.name}" for e in self.trainer.reward.evaluators(self.trainer) for q in self.trainer.reward.questions
+            f"{e.name}/{q.name}"
+            for e in self.trainer.reward.evaluators(self.trainer)
+            for q in self.trainer.reward.questions
         ]
         for name, weight in zip(names, weights, strict=False):
             if weight == 0:
@@ -157,7 +159,7 @@ class Recorder(TrainerCallback):
             part = mine[start : start + batch]
             prompts = [p.prompt for p in part]
             _, ids, _, completions, *_ = trainer._generate(prompts)
-            columns = {
+            columns: dict[str, Any] = {
                 "gold": [p.gold for p in part],
                 "columns": [json.dumps(p.columns, default=str) for p in part],
             }
@@ -191,4 +193,3 @@ def peak_memory_mb() -> float:
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-

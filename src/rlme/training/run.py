@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import os
 import platform
-import signal
 import subprocess
 import time
 from datetime import UTC, datetime
@@ -16,226 +13,37 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-from trl import GRPOConfig
+from transformers import PrinterCallback, ProgressCallback
 
-from rlme.config import Config, EvaluatorConfig, TemplateConfig
-from rlme.data import PromptSet, build_prompts, load_rows
+from rlme.config import Config
 from rlme.errors import InputError, RunStopped
-from rlme.evaluators.base import Evaluator
-from rlme.judging import Judging, check_templates
+from rlme.judging import check_templates
 from rlme.models import has_chat_template, load_model, load_tokenizer
-from rlme.questions import Question, Template
-from rlme.reward import MetaReward, anchored_rows
+from rlme.training.build import (
+    adopt,
+    load_prompts,
+    make_evaluator,
+    make_judging,
+    make_questions,
+    make_reward,
+    training_dataset,
+)
+from rlme.training.callbacks import Interrupt, MassWarning
 from rlme.training.display import Display
 from rlme.training.recorder import Recorder
 from rlme.training.run_folder import FORMAT, RunFolder
+from rlme.training.settings import lora_arguments, trl_arguments
 from rlme.training.trainer import RLMETrainer
-
-# Arguments of TRL that our own keys set; asking for them under `trl:` names the key to use.
-_OURS = {
-    "output_dir": "output",
-    "max_steps": "train.steps",
-    "num_train_epochs": "train.steps",
-    "num_generations": "train.group_size",
-    "generation_batch_size": "train.prompts_per_step",
-    "learning_rate": "train.learning_rate",
-    "max_completion_length": "train.max_completion_tokens",
-    "temperature": "train.temperature",
-    "top_p": "train.top_p",
-    "top_k": "train.top_k",
-    "min_p": "train.min_p",
-    "repetition_penalty": "train.repetition_penalty",
-    "loss_type": "train.loss",
-    "epsilon": "train.clip",
-    "epsilon_high": "train.clip",
-    "importance_sampling_level": "train.ratio",
-    "num_iterations": "train.updates_per_batch",
-    "beta": "train.kl",
-    "bf16": "train.precision",
-    "fp16": "train.precision",
-    "gradient_checkpointing": "train.gradient_checkpointing",
-    "seed": "train.seed",
-    "data_seed": "train.seed",
-    "save_steps": "train.checkpoint_every",
-    "save_total_limit": "train.keep_checkpoints",
-    "save_strategy": "train.checkpoint_every",
-    "eval_strategy": "train.eval_every",
-    "logging_steps": "metrics.jsonl, which has a line for every step",
-    "resume_from_checkpoint": "rlme train --resume",
-    "reward_weights": "questions and evaluators (their weights)",
-}
-
-
-def trl_arguments(config: Config, folder: RunFolder, *, processes: int = 1) -> GRPOConfig:
-    """The paper's settings (RLME App. A) and the file's, as TRL arguments; `trl:` comes last."""
-    train = config.train
-    known = {f.name for f in dataclasses.fields(GRPOConfig) if f.init}
-    for key in config.trl:
-        if key in _OURS:
-            raise InputError(f"trl.{key} is set by this project: use {_OURS[key]}")
-        if key not in known:
-            near = difflib.get_close_matches(key, sorted(known), n=1)
-            raise InputError(
-                f"trl.{key} is no argument of TRL's GRPOConfig" + (f"; did you mean {near[0]!r}?" if near else "")
-            )
-    batch = train.prompts_per_step * train.group_size
-    if batch % processes:
-        raise InputError(
-            f"train.prompts_per_step * train.group_size is {batch}, expected a multiple of the {processes} processes"
-        )
-    cispo = train.loss == "cispo"
-    clip = train.clip if train.clip is not None else 5.0 if cispo else 0.2
-    bf16 = train.precision == "bfloat16" or (train.precision == "auto" and torch.cuda.is_available())
-    settings: dict[str, Any] = {
-        "output_dir": str(folder.checkpoints),
-        "max_steps": train.steps,
-        "per_device_train_batch_size": batch // processes,
-        "gradient_accumulation_steps": 1,
-        "num_generations": train.group_size,
-        "num_iterations": train.updates_per_batch,
-        "learning_rate": train.learning_rate,
-        "lr_scheduler_type": "constant",
-        "weight_decay": 0.0,
-        "adam_beta1": 0.9,
-        "adam_beta2": 0.95,
-        "adam_epsilon": 1e-15,
-        "max_completion_length": train.max_completion_tokens,
-        "temperature": train.temperature,
-        "top_p": train.top_p,
-        "top_k": train.top_k,
-        "min_p": train.min_p or None,
-        "repetition_penalty": train.repetition_penalty,
-        "loss_type": train.loss,
-        # TRL's CISPO clamps the ratio at epsilon_high itself, an absolute upper bound; it has no lower one
-        "epsilon": 1e4 if cispo else clip,
-        "epsilon_high": clip if cispo else None,
-        "importance_sampling_level": train.ratio,
-        "scale_rewards": "none",
-        "beta": train.kl,
-        "bf16": bf16,
-        "gradient_checkpointing": train.gradient_checkpointing,
-        "seed": train.seed,
-        "logging_steps": 1,
-        "save_strategy": "steps",
-        "save_steps": train.checkpoint_every,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-    }
-    accumulate = config.trl.get("gradient_accumulation_steps")
-    if accumulate and "per_device_train_batch_size" not in config.trl:
-        settings["per_device_train_batch_size"] = batch // processes // accumulate
-    try:
-        return GRPOConfig(**(settings | config.trl))
-    except (ValueError, TypeError, ImportError) as error:
-        raise InputError(f"TRL does not accept these settings: {error}") from None
-
-
-def load_prompts(config: Config, tokenizer: Any) -> tuple[PromptSet, PromptSet | None]:
-    """Training prompts and (where given) held-out ones."""
-    data = config.data
-    sets = []
-    for source, split, limit in (
-        (data.train, data.split, data.limit),
-        (data.eval, data.eval_split, data.eval_limit),
-    ):
-        if source is None:
-            sets.append(None)
-            continue
-        rows = load_rows(source, split=split, name=data.name, limit=limit)
-        sets.append(
-            build_prompts(
-                rows,
-                prompt=data.prompt,
-                system=data.system,
-                answer=data.answer,
-                answer_from=data.answer_format,
-                tokenizer=tokenizer,
-                chat=data.chat,
-                max_prompt_tokens=data.max_prompt_tokens,
-            )
-        )
-    train, held_out = sets
-    assert train is not None
-    return train, held_out
-
-
-def make_questions(config: Config) -> list[Question]:
-    """The file's questions."""
-    return [
-        Question(q.ask, name, q.weight, q.target, _template(q.template), q.readout)
-        for name, q in config.questions.items()
-    ]
-
-
-def make_judging(config: Config) -> Judging:
-    """The file's judging section."""
-    j = config.judging
-    template = _template(j.template)
-    assert template is not None
-    return Judging(template, j.readout, j.joint, j.reason_tokens, j.reason_then)
-
-
-def _template(value: str | TemplateConfig | None) -> str | Template | None:
-    return Template(value.kind, value.text) if isinstance(value, TemplateConfig) else value
-
-
-def make_evaluator(spec: EvaluatorConfig, config: Config) -> str | Evaluator:
-    """One evaluator of the file; `live` and a LoRA run's `frozen` stay names until there is a trainer."""
-    if spec.endpoint is not None:
-        from rlme.evaluators.endpoint import EndpointEvaluator
-
-        return EndpointEvaluator(spec.endpoint, name=spec.label)
-    assert spec.model is not None
-    from rlme.evaluators.build import model_evaluator
-
-    source, loading = spec.model, {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
-    if source == "frozen":
-        # Without an adapter to switch off, the frozen self is a copy, loaded from where the policy came from: a
-        # resumed run must not freeze the weights it resumes with.
-        source = config.model.path
-        loading = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
-    chat = {"auto": None, "chat": True, "completion": False}[spec.style]
-    return model_evaluator(
-        source,
-        name=spec.label,
-        dtype=spec.dtype,
-        load_in_4bit=spec.load_in_4bit,
-        chat=chat,
-        token_budget=config.train.token_budget,
-        share=config.train.share_prefixes,
-        max_context_tokens=config.judging.max_context_tokens,
-        **loading,
-    )
-
-
-def make_reward(config: Config, evaluators: list[str | Evaluator]) -> MetaReward:
-    """The file's reward."""
-    return MetaReward(
-        make_questions(config),
-        evaluators,
-        evaluator_weights=config.evaluator_weights(),
-        judging=make_judging(config),
-        mode=config.reward.mode,
-        combine=config.reward.combine,
-        rlvr_weight=config.reward.rlvr_weight,
-        rlme_weight=config.reward.rlme_weight,
-        answer="gold" if config.data.answer else None,
-        completion_format=config.data.completion_format,
-        compare=config.data.compare,
-        max_failure_rate=config.reward.max_failure_rate,
-        token_budget=config.train.token_budget,
-        share_prefixes=config.train.share_prefixes,
-        max_context_tokens=config.judging.max_context_tokens,
-    )
 
 
 def train(config: Config, console: Console, *, resume: RunFolder | None = None) -> RunFolder:
     """Train as the file says, or go on with a run. Returns its folder; `final/` holds the model."""
     started = time.perf_counter()
     main = int(os.environ.get("RANK", "0")) == 0
-    loading = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
+    loading: dict[str, Any] = {
+        "revision": config.model.revision,
+        "trust_remote_code": config.model.trust_remote_code,
+    }
     tokenizer = load_tokenizer(config.model.path, **loading)
     prompts, held_out = load_prompts(config, tokenizer)
     for name, part in (("train", prompts), ("eval", held_out)):
@@ -269,11 +77,11 @@ def train(config: Config, console: Console, *, resume: RunFolder | None = None) 
         token_budget=config.train.token_budget,
         stop_strings=config.train.stop,
         args=arguments,
-        train_dataset=_dataset(prompts, config),
+        train_dataset=training_dataset(prompts, config),
         processing_class=tokenizer,
-        peft_config=_lora(config),
+        peft_config=lora_arguments(config),
     )
-    _adopt(reward, specs, trainer, config)
+    adopt(reward, specs, trainer)
     checkpoint = None
     step = 0
     if trainer.accelerator.is_main_process:
@@ -289,7 +97,7 @@ def train(config: Config, console: Console, *, resume: RunFolder | None = None) 
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     display = Display(console, steps=config.train.steps, done=step, show_every=config.train.show_every)
-    watch = _MassWarning(console, config.judging.mass_warning)
+    watch = MassWarning(console, config.judging.mass_warning)
 
     def show(record: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         display.update(record, rows)
@@ -320,7 +128,8 @@ def train(config: Config, console: Console, *, resume: RunFolder | None = None) 
         raise RunStopped(f"{stop}. The state is saved: rlme train --resume {folder.path}") from None
     if interrupt.requested:
         raise RunStopped(
-            f"stopped after step {trainer.state.global_step}, state saved; go on with: rlme train --resume {folder.path}"
+            f"stopped after step {trainer.state.global_step}, state saved; "
+            f"go on with: rlme train --resume {folder.path}"
         )
     if recorder.stopped_by:
         raise RunStopped(
@@ -329,49 +138,6 @@ def train(config: Config, console: Console, *, resume: RunFolder | None = None) 
         )
     save_final(trainer, folder)
     return folder
-
-
-def _dataset(prompts: PromptSet, config: Config) -> Any:
-    dataset = prompts.to_dataset()
-    if config.data.answer is None:
-        dataset = dataset.remove_columns("gold")
-    if config.reward.anchor > 0:
-        dataset = dataset.add_column(
-            "anchored", anchored_rows(len(dataset), config.reward.anchor, seed=config.train.seed)
-        )
-    return dataset
-
-
-def _lora(config: Config) -> Any:
-    if config.lora is None:
-        return None
-    from peft import LoraConfig
-
-    lora = config.lora
-    return LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        task_type="CAUSAL_LM",
-    )
-
-
-def _adopt(reward: MetaReward, specs: list[EvaluatorConfig], trainer: RLMETrainer, config: Config) -> None:
-    """Turn the names `live` and `frozen` into evaluators that borrow this trainer's policy."""
-    from rlme.evaluators.build import named_evaluator
-
-    chosen = reward._evaluators
-    for i, spec in enumerate(specs):
-        source = chosen[i]
-        if isinstance(source, str):
-            chosen[i] = named_evaluator(
-                source,
-                trainer,
-                name=spec.label,
-                chat={"auto": None, "chat": True, "completion": False}[spec.style],
-                **reward._options,
-            )
 
 
 def _save_where_it_stands(trainer: RLMETrainer, folder: RunFolder) -> None:
@@ -436,52 +202,3 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() or None
-
-
-class Interrupt(TrainerCallback):
-    """Ctrl-C (or SIGTERM) ends the run after the current step with everything saved; a second one ends it at once."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.requested = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> Interrupt:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        self.console.print("stopping after this step; press Ctrl-C again to stop at once (the last checkpoint stays)")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask the trainer to save and stop."""
-        if self.requested:
-            control.should_save = control.should_training_stop = True
-
-
-class _MassWarning:
-    """Warn once per question when its labels hold little of the evaluator's probability."""
-
-    def __init__(self, console: Console, threshold: float) -> None:
-        self.console, self.threshold = console, threshold
-        self.warned: set[str] = set()
-
-    def __call__(self, record: dict[str, Any]) -> None:
-        for key, value in record.items():
-            if key.startswith("judge/") and key.endswith("/mass") and value < self.threshold and key not in self.warned:
-                self.warned.add(key)
-                _, evaluator, question, _ = key.split("/", 3) if key.count("/") == 3 else ("", key, "", "")
-                self.console.print(
-                    f"warning: evaluator {evaluator!r} puts only {value:.0%} of its probability on the labels of "
-                    f"question {question!r}; its verdicts may mean little (try another template or read-out)",
-                    style="yellow",
-                    markup=False,
-                )

@@ -1,6 +1,6 @@
 """The training loop: TRL's `GRPOTrainer` with our sampling, our loss computation and one reward.
 
-    prompts --sample--> completions --judge--> judgements --aggregate--> rewards --(TRL)--> advantages --update--> policy
+    prompts --sample--> completions --judge--> judgements --> rewards --(TRL)--> advantages --update--> policy
 
 TRL keeps the loop, the distribution, the optimiser and every loss formula. Three of its methods are replaced, each by
 an equal but cheaper computation over shared prefixes: `_generate_single_turn`, `_get_per_token_logps_and_entropies`,
@@ -71,6 +71,7 @@ class RLMETrainer(GRPOTrainer):
         self.counts: dict[str, int] = {}
         """Tokens of each stage since then: sampled, judged (computed), judged_in (asked about), trained."""
         self._truncated: list[bool] = []
+        self._current_train_step_time: float
         self._sampled_logps: list[list[float]] | None = None
         super().__init__(model, reward_funcs=[reward], **trl_arguments)
 
@@ -110,7 +111,8 @@ class RLMETrainer(GRPOTrainer):
 
     def _sample(self, prompt_ids: list[list[int]]) -> tuple[list[list[int]], None]:
         learning, seed = self.model.training, self._sampling_seed()
-        prompts, counts = [], []
+        prompts: list[list[int]] = []
+        counts: list[int] = []
         for ids in prompt_ids:  # a group's copies of its prompt follow one another
             if prompts and ids == prompts[-1]:
                 counts[-1] += 1
@@ -204,14 +206,21 @@ class RLMETrainer(GRPOTrainer):
         multimodal = any(value is not None for value in fields.values())
         if self._sampled_logps is not None and not torch.is_grad_enabled() and model is self.model:
             # the policy has not moved since it sampled: these are its log-probs (TRL asks for them first)
-            logps, self._sampled_logps = self._sampled_logps, None
-            padded = input_ids.new_zeros((len(logps), logits_to_keep), dtype=torch.float32)
-            for i, values in enumerate(logps):
+            sampled, self._sampled_logps = self._sampled_logps, None
+            padded = input_ids.new_zeros((len(sampled), logits_to_keep), dtype=torch.float32)
+            for i, values in enumerate(sampled):
                 padded[i, : len(values)] = torch.tensor(values)
             return padded, None, None
         if not self.share_prefixes or multimodal or compute_aux_loss:
             return super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss, **fields
+                model,
+                input_ids,
+                attention_mask,
+                logits_to_keep,
+                batch_size,
+                compute_entropy,
+                compute_aux_loss,
+                **fields,
             )
         split = input_ids.shape[1] - logits_to_keep
         mask = attention_mask.bool()
