@@ -1,0 +1,73 @@
+"""`rlme align`: from references to an aligned model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def align(
+    config: Annotated[str, typer.Argument(help="Configuration file, or the name of a shipped recipe.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key: section.key=value. Repeatable."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The run's folder.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Only check the file; load nothing.")] = False,
+    table: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write the win rates as JSON.")
+    ] = None,
+) -> None:
+    """Align a model to reference outputs: SFT, on-policy samples, a reference-guided judge, DPO, and a comparison.
+
+    Run it again to go on: finished stages are skipped, an interrupted one continues where it was.
+    """
+    from rich.console import Console
+
+    from rlme.align.config import AlignConfig
+    from rlme.commands import find_config
+    from rlme.config_file import apply_overrides, read_yaml, validate
+
+    path = find_config(config)
+    content = apply_overrides(read_yaml(path), overrides or [])
+    content.setdefault("output", f"runs/{path.stem}")
+    if output is not None:
+        content["output"] = str(output)
+    settings = validate(AlignConfig, content, str(path))
+    for key in ("train", "eval"):  # data files may be given relative to the configuration's folder
+        value = getattr(settings.data, key)
+        if value and not Path(value).exists() and (path.parent / value).is_file():
+            setattr(settings.data, key, str(path.parent / value))
+    console = Console()
+    if check:
+        console.print(f"{path}: fine", markup=False)
+        return
+
+    from rlme.align.pipeline import Alignment
+    from rlme.commands import _quiet
+
+    _quiet()
+    rows = Alignment(settings, console).run()
+    if rows:
+        _show(rows, console)
+    if table is not None:
+        table.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    console.print(f"folder: {settings.folder}", markup=False, highlight=False)
+
+
+def _show(rows: list[dict[str, object]], console: object) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from rlme.align.winrates import cells, columns
+
+    assert isinstance(console, Console)
+    shown = Table(title="win rates", title_justify="left")
+    for name in columns():
+        shown.add_column(name)
+    for row in rows:
+        shown.add_row(*cells(row))
+    console.print(shown)

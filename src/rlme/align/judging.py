@@ -1,0 +1,127 @@
+"""Scores for candidates: pairwise comparisons, or weighted questions as in RLME."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Protocol as Interface
+
+from rlme.align.config import JudgeStage
+from rlme.align.judge import PairwiseJudge
+from rlme.align.prompts import AlignPrompt
+from rlme.align.protocols import load_protocol
+from rlme.align.ranking import Candidates, Ranking, calls_needed, instruction_text, rank
+from rlme.config import EvaluatorConfig, TemplateConfig
+from rlme.evaluators.base import Evaluator
+from rlme.judging import Judging, Sample, check_templates, judge
+from rlme.questions import Question, Template
+from rlme.reward import weighted_sum
+
+Group = tuple[AlignPrompt, Sequence[str]]
+"""A prompt and its candidates."""
+
+
+class Scorer(Interface):
+    """Ranks candidates and knows beforehand how many calls that takes."""
+
+    def calls(self, groups: Sequence[Group]) -> int:
+        """Judge calls needed for these groups."""
+        ...
+
+    def rank(self, groups: Sequence[Group], *, seed: int) -> list[Ranking]:
+        """One ranking per group."""
+        ...
+
+
+def make_scorer(stage: JudgeStage, evaluators: Sequence[Evaluator]) -> Scorer:
+    """By questions if there are any, else by pairwise comparison."""
+    weights = evaluator_weights(stage.evaluators)
+    if stage.questions:
+        return QuestionScorer(stage, evaluators, weights)
+    return PairScorer(stage, evaluators, weights)
+
+
+def evaluator_weights(evaluators: Sequence[EvaluatorConfig]) -> list[float]:
+    """Those without a weight share 1 equally, as in `rlme train`."""
+    open_ = sum(e.weight is None for e in evaluators)
+    return [1 / open_ if e.weight is None else e.weight for e in evaluators]
+
+
+class PairScorer:
+    """A candidate's score is its mean soft win rate."""
+
+    def __init__(self, stage: JudgeStage, evaluators: Sequence[Evaluator], weights: Sequence[float]) -> None:
+        self.schedule = stage.schedule
+        self.judge = PairwiseJudge(
+            evaluators,
+            load_protocol(stage.protocol),
+            weights=weights,
+            vote=stage.vote,
+            max_tokens=stage.max_tokens,
+            too_long=stage.too_long,
+            critique_tokens=stage.critique_tokens,
+        )
+
+    def calls(self, groups: Sequence[Group]) -> int:
+        """Comparisons of different candidates, times references and evaluators."""
+        per_comparison = len(self.judge.evaluators)
+        needs = self.judge.protocol.needs_reference
+        return sum(
+            calls_needed(len(set(texts)), self.schedule) * per_comparison * (len(prompt.references) if needs else 1)
+            for prompt, texts in groups
+        )
+
+    def rank(self, groups: Sequence[Group], *, seed: int) -> list[Ranking]:
+        """One ranking per group."""
+        candidates = [
+            Candidates(instruction_text(p.prompt), tuple(texts), p.references, f"{p.row}") for p, texts in groups
+        ]
+        return rank(candidates, self.judge, self.schedule, seed=seed)
+
+
+class QuestionScorer:
+    """A candidate's score is the weighted sum of its judgements (RLME eq. 3)."""
+
+    def __init__(self, stage: JudgeStage, evaluators: Sequence[Evaluator], weights: Sequence[float]) -> None:
+        self.evaluators = evaluators
+        self.questions = [
+            Question(q.ask, name, q.weight, q.target, _template(q.template), q.readout)
+            for name, q in stage.questions.items()
+        ]
+        j = stage.judging
+        template = _template(j.template)
+        assert template is not None
+        self.judging = Judging(template, j.readout, j.joint, j.reason_tokens, j.reason_then)
+        self.weights = [v * q.weight for v in weights for q in self.questions]
+
+    def calls(self, groups: Sequence[Group]) -> int:
+        """Candidates times questions times evaluators."""
+        return sum(len(texts) for _, texts in groups) * len(self.questions) * len(self.evaluators)
+
+    def rank(self, groups: Sequence[Group], *, seed: int) -> list[Ranking]:
+        """One ranking per group; nothing is random here."""
+        check_templates(self.questions, self.judging, list(groups[0][0].columns))
+        samples = [
+            Sample(p.prompt if isinstance(p.prompt, str) else tuple(p.prompt), text, columns=p.columns)
+            for p, texts in groups
+            for text in texts
+        ]
+        judged = iter(judge(samples, self.questions, self.evaluators, self.judging))
+        rankings = []
+        for _, texts in groups:
+            found = [next(judged) for _ in texts]
+            scores = [weighted_sum(row, self.weights) for row in found]
+            known = {i: s for i, s in enumerate(scores) if s is not None}
+            best = max(known, key=lambda i: known[i]) if known else None
+            worst = min(known, key=lambda i: known[i]) if known else None
+            if best is None or worst is None or known[best] == known[worst]:
+                best = worst = None
+            masses = [j.mass for row in found for j in row if j.mass is not None]
+            failures = Counter(j.failure.value for row in found for j in row if j.failure is not None)
+            mass = sum(masses) / len(masses) if masses else None
+            rankings.append(Ranking(tuple(scores), best, worst, sum(map(len, found)), dict(failures), mass=mass))
+        return rankings
+
+
+def _template(value: str | TemplateConfig | None) -> str | Template | None:
+    return Template(value.kind, value.text) if isinstance(value, TemplateConfig) else value

@@ -1,0 +1,426 @@
+"""The alignment pipeline: sft -> (sample -> judge -> pairs -> dpo) x rounds -> compare, each stage on disk.
+
+output/
+  config.yaml
+  sft/                stage.json, model/
+  round-1/sample/     answers.jsonl: one line a prompt, its n candidates
+  round-1/judge/      scores.jsonl: one line a prompt, the candidates' scores
+  round-1/pairs/      pairs.jsonl: best against worst, with the margin
+  round-1/dpo/        model/
+  compare/            answers.jsonl, matches.jsonl, report.md, results.json
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from rlme.align import winrates
+from rlme.align.config import AlignConfig
+from rlme.align.evaluators import build_evaluators
+from rlme.align.judge import PairwiseJudge
+from rlme.align.judging import Group, evaluator_weights, make_scorer
+from rlme.align.pairs import Pair, choose, require_pairs
+from rlme.align.prompts import AlignPrompt, encode_prompt, encode_whole, load_prompts
+from rlme.align.protocols import load_protocol
+from rlme.align.ranking import Ranking, instruction_text
+from rlme.align.stage import Lines, Stage, fingerprint, source_fingerprint
+from rlme.errors import InputError, RunStopped
+from rlme.evaluators.base import Evaluator
+from rlme.evaluators.local import LocalEvaluator
+from rlme.models import load_model, load_tokenizer
+from rlme.sampling import sample
+
+JUDGED_AT_ONCE = 4
+"""Prompts whose comparisons are asked together; also what is redone after an interruption."""
+
+
+class Alignment:
+    """One run. `run` goes through all stages and returns the final table's rows."""
+
+    def __init__(self, config: AlignConfig, console: Console) -> None:
+        self.config = config
+        self.console = console
+        self.folder = config.folder
+        load_protocol(config.judge.protocol)  # refused before anything is loaded
+        if config.compare is not None and config.compare.protocol is not None:
+            load_protocol(config.compare.protocol)
+        self.tokenizer = load_tokenizer(
+            config.model.path, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
+        )
+        prompts = load_prompts(config, self.tokenizer)
+        self.train, self.held_out = prompts.train, prompts.held_out
+        for note in prompts.notes:
+            self._say(note)
+        self._loaded: tuple[str, Any] | None = None
+        self._others: dict[str, list[Evaluator]] = {}
+
+    def run(self) -> list[dict[str, Any]]:
+        """All stages; finished ones are skipped."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.yaml").write_text(
+            yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
+        )
+        policy, state = self._start()
+        names = {"base": self.config.model.path}
+        if self.config.sft is not None:
+            policy, state = self._sft(state)
+            names["sft"] = policy
+        first = policy
+        for number in range(1, self.config.rounds + 1):
+            policy, state = self._round(number, policy, state, first)
+            names["dpo" if self.config.rounds == 1 else f"dpo-{number}"] = policy
+        if self.config.compare is None:
+            return []
+        if not self.held_out:
+            self._say("no comparison: give data.eval, or hold prompts out with data.hold_out")
+            return []
+        if taken := next((name for name in self.config.compare.also if name in names), None):
+            raise InputError(f"compare.also: the name {taken!r} is taken by a model of this run; choose another.")
+        return self._compare(names | self.config.compare.also, state, first)
+
+    # stages
+
+    def _start(self) -> tuple[str, str]:
+        config = self.config
+        data = [(p.prompt, p.references) for p in self.train]
+        model = source_fingerprint(config.model.path, config.model.revision)
+        return config.model.path, fingerprint(model, config.model.model_dump(), data, config.lora, config.seed)
+
+    def _sft(self, before: str) -> tuple[str, str]:
+        config = self.config
+        assert config.sft is not None
+        stage = Stage(self.folder / "sft", fingerprint(before, config.sft.model_dump()))
+        model = str(stage.folder / "model")
+        if self._skip(stage, "sft"):
+            return model, stage.inputs
+        examples, too_long = [], 0
+        for prompt in self.train:
+            reference = prompt.references[0]
+            if len(encode_whole(self.tokenizer, prompt.prompt, reference)) > config.sft.max_tokens:
+                too_long += 1
+                continue
+            chat = not isinstance(prompt.prompt, str)
+            answer: Any = [{"role": "assistant", "content": reference}] if chat else reference
+            examples.append({"prompt": prompt.prompt, "completion": answer})
+        if not examples:
+            raise InputError(
+                f"sft: every prompt with its reference is longer than sft.max_tokens {config.sft.max_tokens}."
+            )
+        self._say(f"sft: {len(examples)} references" + (f", {too_long} too long and left out" if too_long else ""))
+        stage.begin()
+        from rlme.align.train import sft
+
+        summary = sft(config, self._trainable(config.model.path), self.tokenizer, examples, stage.folder)
+        self._finish(stage, "sft", summary | {"examples": len(examples), "too_long": too_long})
+        return model, stage.inputs
+
+    def _round(self, number: int, policy: str, before: str, first: str) -> tuple[str, str]:
+        folder = self.folder / f"round-{number}"
+        config = self.config
+        where = f"round {number}, " if config.rounds > 1 else ""
+        sampling = Stage(folder / "sample", fingerprint(before, number, config.sample.model_dump()))
+        if not self._skip(sampling, f"{where}sample"):
+            self._sample(sampling, policy, number, where)
+        judging = Stage(folder / "judge", fingerprint(sampling.inputs, config.judge.model_dump(mode="json")))
+        if not self._skip(judging, f"{where}judge"):
+            self._judge(judging, sampling, policy, first, number, where)
+        chosen = [config.pairs.model_dump(), config.dpo.max_tokens]
+        pairing = Stage(folder / "pairs", fingerprint(judging.inputs, chosen))
+        if not self._skip(pairing, f"{where}pairs"):
+            self._pairs(pairing, judging, sampling, where)
+        training = Stage(folder / "dpo", fingerprint(pairing.inputs, config.dpo.model_dump()))
+        if not self._skip(training, f"{where}dpo"):
+            pairs = [
+                Pair(**{k: row[k] for k in Pair.__slots__}) for row in Lines(pairing.folder / "pairs.jsonl").read()
+            ]
+            training.begin()
+            from rlme.align.train import dpo
+
+            summary = dpo(config, self._trainable(policy), self.tokenizer, pairs, training.folder)
+            self._finish(training, f"{where}dpo", summary | {"pairs": len(pairs)})
+        return str(training.folder / "model"), training.inputs
+
+    def _sample(self, stage: Stage, policy: str, number: int, where: str) -> None:
+        config = self.config.sample
+        stage.begin()
+        lines = Lines(stage.folder / "answers.jsonl")
+        total = len(self.train)
+        self._say(f"{where}sample: {total} prompts x {config.n} answers")
+        start = lines.resume(config.prompts_at_once)
+        with self._bar(f"{where}sample", total, start) as advance:
+            for begin in range(start, total, config.prompts_at_once):
+                chunk = self.train[begin : begin + config.prompts_at_once]
+                seed = int(fingerprint(self.config.seed, number, begin)[:8], 16)
+                answers = self._answers(policy, chunk, config.n, config.temperature, config.max_tokens, seed)
+                lines.append(
+                    [{"index": begin + k, "answers": texts, "cut_off": cut} for k, (texts, cut) in enumerate(answers)]
+                )
+                advance(len(chunk))
+        rows = lines.read()
+        texts = [text for row in rows for text in row["answers"]]
+        info = {
+            "answers": len(texts),
+            "cut_off": sum(sum(row["cut_off"]) for row in rows),
+            "mean_chars": sum(map(len, texts)) / len(texts),
+            "distinct": sum(len(set(row["answers"])) for row in rows) / len(texts),
+        }
+        self._finish(stage, f"{where}sample", info)
+
+    def _judge(self, stage: Stage, sampling: Stage, policy: str, first: str, number: int, where: str) -> None:
+        scorer = make_scorer(self.config.judge, self._evaluators("judge", policy, first))
+        answers = Lines(sampling.folder / "answers.jsonl").read()
+        groups: list[Group] = [(self.train[row["index"]], row["answers"]) for row in answers]
+        self._say(f"{where}judge: {scorer.calls(groups)} calls for {len(groups)} prompts")
+        stage.begin()
+        lines = Lines(stage.folder / "scores.jsonl")
+        # After an interruption: what is there stays, except where a judgement failed, which is asked again.
+        kept = {row["index"]: row for row in lines.read() if not row["failures"]}
+        lines.rewrite(list(kept.values()))
+        left = [i for i in range(len(groups)) if i not in kept]
+        with self._bar(f"{where}judge", len(groups), len(kept)) as advance:
+            for begin in range(0, len(left), JUDGED_AT_ONCE):
+                chunk = left[begin : begin + JUDGED_AT_ONCE]
+                rankings = scorer.rank([groups[i] for i in chunk], seed=self.config.seed * 1000 + number)
+                lines.append([{"index": i} | asdict(r) for i, r in zip(chunk, rankings, strict=True)])
+                advance(len(chunk))
+        rows = sorted(lines.read(), key=lambda row: int(row["index"]))
+        info = self._judged(rows, answers)
+        lines.rewrite(rows)
+        self._finish(stage, f"{where}judge", info)
+
+    def _judged(self, rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        failures: Counter[str] = Counter()
+        missing = judged = 0
+        for row, sampled in zip(rows, answers, strict=True):
+            failures.update(row["failures"])
+            if len(set(sampled["answers"])) > 1:
+                judged += len(row["scores"])
+                missing += sum(score is None for score in row["scores"])
+        limit = self.config.judge.max_failure_rate
+        if judged and missing / judged > limit:
+            kinds = ", ".join(f"{kind} x{n}" for kind, n in failures.most_common())
+            raise RunStopped(
+                f"judge: {missing} of {judged} candidates have no score ({kinds}), more than "
+                f"judge.max_failure_rate {limit:g} allows. The scores that came are kept: mend the judge and run again."
+            )
+        masses = [row["mass"] for row in rows if row["mass"] is not None]
+        return {
+            "calls": sum(row["readings"] for row in rows),
+            "failures": dict(failures),
+            "shortened": sum(row["shortened"] for row in rows),
+            "without_score": missing,
+            "label_mass": sum(masses) / len(masses) if masses else None,
+        }
+
+    def _pairs(self, stage: Stage, judging: Stage, sampling: Stage, where: str) -> None:
+        pairs: list[Pair] = []
+        skipped: Counter[str] = Counter()
+        scores = Lines(judging.folder / "scores.jsonl").read()
+        answers = Lines(sampling.folder / "answers.jsonl").read()
+        for row, sampled in zip(scores, answers, strict=True):
+            prompt, texts = self.train[row["index"]].prompt, sampled["answers"]
+            ranking = Ranking(tuple(row["scores"]), row["best"], row["worst"])
+            lengths = [len(encode_whole(self.tokenizer, prompt, text)) for text in texts]
+            found = choose(
+                texts,
+                ranking,
+                lengths=lengths,
+                max_tokens=self.config.dpo.max_tokens,
+                min_margin=self.config.pairs.min_margin,
+            )
+            if isinstance(found, str):
+                skipped[found] += 1
+                continue
+            best, worst = found
+            high, low = ranking.scores[best], ranking.scores[worst]
+            assert high is not None and low is not None
+            pairs.append(Pair(prompt, texts[best], texts[worst], high, low, row["index"]))
+        require_pairs(pairs, skipped)
+        stage.begin()
+        (stage.folder / "pairs.jsonl").unlink(missing_ok=True)
+        Lines(stage.folder / "pairs.jsonl").append([asdict(pair) | {"margin": pair.margin} for pair in pairs])
+        info = {
+            "pairs": len(pairs),
+            "skipped": dict(skipped),
+            "mean_margin": sum(p.margin for p in pairs) / len(pairs),
+            "chosen_chars": sum(len(p.chosen) for p in pairs) / len(pairs),
+            "rejected_chars": sum(len(p.rejected) for p in pairs) / len(pairs),
+        }
+        self._finish(stage, f"{where}pairs", info)
+
+    def _compare(self, models: dict[str, str], before: str, first: str) -> list[dict[str, Any]]:
+        config, compare = self.config, self.config.compare
+        assert compare is not None
+        also = {name: source_fingerprint(path, None) for name, path in compare.also.items()}
+        data = [(p.prompt, p.references) for p in self.held_out]
+        judged_by = [e.model_dump(mode="json") for e in compare.evaluators or config.judge.evaluators]
+        settings = [compare.model_dump(mode="json"), judged_by, config.judge.model_dump(mode="json")]
+        stage = Stage(self.folder / "compare", fingerprint(before, also, data, settings, config.sample.max_tokens))
+        if self._skip(stage, "compare"):
+            found = json.loads((stage.folder / "results.json").read_text(encoding="utf-8"))
+            return list(found["win_rates"])
+        stage.begin()
+        names = list(models)
+        by_model = [self._greedy(stage, name, path) for name, path in models.items()]
+        answers = [dict(zip(names, texts, strict=True)) for texts in zip(*by_model, strict=True)]
+        referenced = all(p.references for p in self.held_out)
+        protocol = load_protocol(compare.protocol or (config.judge.protocol if referenced else "base"))
+        evaluators = compare.evaluators or config.judge.evaluators
+        judge = PairwiseJudge(
+            self._evaluators("compare" if compare.evaluators else "judge", first, first),
+            protocol,
+            weights=evaluator_weights(evaluators),
+            vote=config.judge.vote,
+            max_tokens=config.judge.max_tokens,
+            too_long=config.judge.too_long,
+            critique_tokens=config.judge.critique_tokens,
+        )
+        total = len(self.held_out)
+        needed = len(names) * (len(names) - 1) * total * len(evaluators)
+        self._say(f"compare: up to {needed} calls for {total} prompts and {len(names)} models")
+        lines = Lines(stage.folder / "matches.jsonl")
+        start = lines.resume(len(names) * (len(names) - 1) // 2) // (len(names) * (len(names) - 1) // 2)
+        with self._bar("compare", total, start) as advance:
+            for i in range(start, total):
+                prompt = self.held_out[i]
+                instruction = instruction_text(prompt.prompt)
+                matches = winrates.play(names, [answers[i]], [instruction], [prompt.references], judge, i)
+                lines.append([asdict(match) for match in matches])
+                advance(1)
+        matches = [winrates.Match(**(row | {"lengths": tuple(row["lengths"])})) for row in lines.read()]
+        rows = winrates.table(matches, names, resamples=compare.resamples, seed=config.seed)
+        judged = f"{', '.join(e.name for e in judge.evaluators)} with protocol {protocol.name}"
+        result = {"win_rates": rows, "models": models, "judged_by": judged, "seed": config.seed}
+        (stage.folder / "results.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        (stage.folder / "report.md").write_text(winrates.markdown(rows, judged), encoding="utf-8")
+        self._finish(stage, "compare", {"matches": len(matches), "judged": sum(m.p is not None for m in matches)})
+        return rows
+
+    def _greedy(self, stage: Stage, name: str, path: str) -> list[str]:
+        """One model's answers to the held-out prompts, kept on disk."""
+        compare, at_once = self.config.compare, self.config.sample.prompts_at_once
+        assert compare is not None
+        lines = Lines(stage.folder / f"answers-{name}.jsonl")
+        start = lines.resume(at_once)
+        longest = compare.max_tokens or self.config.sample.max_tokens
+        with self._bar(f"compare: {name} answers", len(self.held_out), start) as advance:
+            for begin in range(start, len(self.held_out), at_once):
+                chunk = self.held_out[begin : begin + at_once]
+                seed = int(fingerprint(self.config.seed, "compare", begin)[:8], 16)
+                answers = self._answers(path, chunk, 1, compare.temperature, longest, seed)
+                lines.append([{"answer": texts[0]} for texts, _ in answers])
+                advance(len(chunk))
+        return [row["answer"] for row in lines.read()]
+
+    # models
+
+    def _answers(
+        self, source: str, prompts: Sequence[AlignPrompt], n: int, temperature: float, longest: int, seed: int
+    ) -> list[tuple[list[str], list[bool]]]:
+        """Per prompt: n texts, and which of them were cut off."""
+        model = self._model(source)
+        eos = model.generation_config.eos_token_id if model.generation_config else None
+        ends = {*([eos] if isinstance(eos, int) else eos or []), self.tokenizer.eos_token_id} - {None}
+        drawn = sample(
+            model,
+            [encode_prompt(self.tokenizer, p.prompt) for p in prompts],
+            n,
+            max_new_tokens=longest,
+            temperature=temperature,
+            top_p=self.config.sample.top_p if temperature > 0 else 1.0,
+            eos_token_ids=sorted(ends),
+            seed=seed,
+        )
+        return [
+            (
+                [self.tokenizer.decode(one.ids, skip_special_tokens=True) for one in group],
+                [not one.finished for one in group],
+            )
+            for group in drawn
+        ]
+
+    def _evaluators(self, which: str, live: str, first: str) -> list[Evaluator]:
+        configs = self.config.judge.evaluators
+        if which == "compare" and self.config.compare is not None:
+            configs = self.config.compare.evaluators
+
+        def policy(kind: str) -> Evaluator:
+            path = live if kind == "live" else first
+            budget = self.config.token_budget
+            return LocalEvaluator(self._model(path), self.tokenizer, name=kind, token_budget=budget)
+
+        if all(c.model not in ("live", "frozen") for c in configs):
+            if which not in self._others:  # the same in every round
+                self._others[which] = build_evaluators(configs)
+            return self._others[which]
+        return build_evaluators(configs, policy)
+
+    def _model(self, source: str) -> Any:
+        """The model at `source`, kept until another one is asked for."""
+        if self._loaded is None or self._loaded[0] != source:
+            self._loaded = None
+            gc.collect()
+            self._loaded = (source, self._load(source))
+        return self._loaded[1]
+
+    def _trainable(self, source: str) -> Any:
+        """A model of its own: training changes it, and `_model` must not hand it out afterwards."""
+        self._loaded = None
+        gc.collect()
+        return self._load(source)
+
+    def _load(self, source: str) -> Any:
+        model = self.config.model
+        revision = model.revision if source == model.path else None
+        return load_model(source, dtype=model.dtype, revision=revision, trust_remote_code=model.trust_remote_code)
+
+    # words
+
+    def _skip(self, stage: Stage, title: str) -> bool:
+        if stage.done:
+            self._say(f"{title}: done before, skipped")
+        return stage.done
+
+    def _finish(self, stage: Stage, title: str, info: dict[str, Any]) -> None:
+        stage.finish(info)
+        shown = ", ".join(f"{k.replace('_', ' ')} {_short(v)}" for k, v in info.items() if v not in (None, {}, []))
+        self._say(f"{title}: {shown}")
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False)
+
+    def _bar(self, title: str, total: int, start: int) -> _Bar:
+        return _Bar(self.console, title, total, start)
+
+
+class _Bar:
+    """A progress bar with the time left, as a context that gives its advance function."""
+
+    def __init__(self, console: Console, title: str, total: int, start: int) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        self.progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True)
+        self.task = self.progress.add_task(title, total=total, completed=start)
+
+    def __enter__(self) -> Any:
+        self.progress.start()
+        return lambda n: self.progress.advance(self.task, n)
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.stop()
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    if isinstance(value, dict):
+        return "(" + ", ".join(f"{v} {k}" for k, v in value.items()) + ")"
+    return str(value)

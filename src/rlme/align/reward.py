@@ -1,0 +1,114 @@
+"""The bridge between the two papers: a pairwise, reference-guided judge as a group-relative reward."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rlme.align.judge import PairwiseJudge
+from rlme.align.protocols import Protocol, load_protocol
+from rlme.align.ranking import Candidates, Ranking, Schedule, instruction_text, rank
+from rlme.errors import InputError
+from rlme.evaluators.base import Evaluator
+
+
+class PairwiseReward:
+    """A completion's reward is its mean soft win rate, in [0, 1], against the other completions of its group.
+
+    It is a TRL reward function: `GRPOTrainer(model, reward_funcs=PairwiseReward(...), ...)`.
+
+    Args:
+        protocol: name, file or Protocol. One that shows a reference needs the dataset column `reference`.
+        evaluators: `"live"`, `"frozen"`, a model's name or path, or any `Evaluator`.
+        weights: one per evaluator; default: equal.
+        reference: dataset column with a reference output or a list of them.
+        schedule: which pairs are compared, see `ranking.Schedule`.
+        options: further arguments of `PairwiseJudge` (vote, max_tokens, too_long, critique_tokens).
+
+    A completion whose comparisons failed gets None and leaves the loss and the group's mean. A group of equal
+    completions gets 1/2 each, without a call: nothing distinguishes them.
+    """
+
+    def __init__(
+        self,
+        protocol: str | Protocol = "refeval",
+        evaluators: Sequence[str | Evaluator] = ("live",),
+        *,
+        weights: Sequence[float] | None = None,
+        reference: str = "reference",
+        schedule: Schedule = "ordered",
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        self.__name__ = "pairwise"
+        self.protocol = load_protocol(protocol) if isinstance(protocol, str) else protocol
+        self.reference = reference
+        self.schedule = schedule
+        self.seed = seed
+        self.rankings: list[Ranking] = []
+        """Of the groups of the last call, in their order."""
+        self._evaluators: list[str | Evaluator] = list(evaluators)
+        self._weights = weights
+        self._options = options
+        self._judge: PairwiseJudge | None = None
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        log_metric: Callable[[str, float], None] | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        """TRL's contract: one reward (or None) per completion; completions of equal prompts form a group."""
+        trainer = getattr(log_metric, "__self__", None)
+        texts = [c if isinstance(c, str) else str(c[-1].get("content") or "") for c in completions]
+        references = self._references(columns, len(texts))
+        groups: dict[str, list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            groups.setdefault(json.dumps([prompt, references[i]], sort_keys=True), []).append(i)
+        candidates = [
+            Candidates(instruction_text(prompts[m[0]]), tuple(texts[i] for i in m), references[m[0]], key)
+            for key, m in groups.items()
+        ]
+        self.rankings = rank(candidates, self._ready(trainer), self.schedule, seed=self.seed)
+        rewards: list[float | None] = [None] * len(texts)
+        for members, group, ranking in zip(groups.values(), candidates, self.rankings, strict=True):
+            equal = len(set(group.texts)) == 1
+            for i, score in zip(members, ranking.scores, strict=True):
+                rewards[i] = 0.5 if equal else score
+        if log_metric is not None:
+            self._log(log_metric, rewards)
+        return rewards
+
+    def _references(self, columns: Mapping[str, Any], n: int) -> list[tuple[str, ...]]:
+        if not self.protocol.needs_reference:
+            return [()] * n
+        values = columns.get(self.reference)
+        if values is None and "columns" in columns:  # the data's own columns, as `PromptSet.to_dataset` stores them
+            values = [json.loads(row).get(self.reference) for row in columns["columns"]]
+        if values is None:
+            raise InputError(
+                f"protocol {self.protocol.name!r} shows the judge a reference, but the dataset has no column "
+                f"{self.reference!r}."
+            )
+        return [tuple(v) if isinstance(v, list) else (v,) if isinstance(v, str) else () for v in values]
+
+    def _ready(self, trainer: Any) -> PairwiseJudge:
+        if self._judge is None:
+            from rlme.evaluators.build import named_evaluator
+
+            evaluators = [named_evaluator(e, trainer) if isinstance(e, str) else e for e in self._evaluators]
+            self._judge = PairwiseJudge(evaluators, self.protocol, weights=self._weights, **self._options)
+        return self._judge
+
+    def _log(self, log_metric: Callable[[str, float], None], rewards: Sequence[float | None]) -> None:
+        log_metric("pairwise/missing", sum(r is None for r in rewards) / len(rewards))
+        margins = [r.margin for r in self.rankings if r.margin is not None]
+        masses = [r.mass for r in self.rankings if r.mass is not None]
+        for name, values in (("margin", margins), ("mass", masses)):
+            if values:
+                log_metric(f"pairwise/{name}", sum(values) / len(values))
+        for ranking in self.rankings:
+            for kind, n in ranking.failures.items():
+                log_metric(f"pairwise/failures/{kind}", float(n))

@@ -1,0 +1,175 @@
+"""The two training stages, by TRL's trainers: SFT on the references, DPO on the pairs."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from rich.progress import Progress
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from rlme.align.config import AlignConfig, OptimConfig
+from rlme.align.pairs import Pair
+from rlme.errors import InputError
+
+Example = dict[str, Any]
+# Arguments that keys of the stage set; under `trl:` they would contradict them.
+_OURS = {
+    "output_dir", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
+    "max_length", "warmup_steps", "warmup_ratio", "beta", "seed", "data_seed", "save_strategy", "save_steps",
+    "save_total_limit", "completion_only_loss", "precompute_ref_log_probs", "gradient_checkpointing", "bf16", "fp16",
+    "disable_tqdm", "resume_from_checkpoint",
+}  # fmt: skip
+
+
+def sft(config: AlignConfig, model: Any, tokenizer: Any, examples: Sequence[Example], folder: Path) -> dict[str, float]:
+    """Fine-tune on `prompt` -> `completion` examples and save the model under `folder`/model."""
+    assert config.sft is not None
+    settings = _settings(config, config.sft, folder, len(examples)) | {
+        "learning_rate": config.sft.learning_rate,
+        "warmup_steps": config.sft.warmup,
+        "lr_scheduler_type": "linear",
+        "completion_only_loss": True,
+    }
+    arguments = _arguments(SFTConfig, settings, config.sft.trl, "sft.trl")
+    data = Dataset.from_list(list(examples))
+    trainer = SFTTrainer(
+        model, args=arguments, train_dataset=data, processing_class=tokenizer, peft_config=_lora(config)
+    )
+    return _train(trainer, tokenizer, folder, "sft")
+
+
+def dpo(config: AlignConfig, model: Any, tokenizer: Any, pairs: Sequence[Pair], folder: Path) -> dict[str, float]:
+    """Train on the pairs, against the model as it comes in, and save it under `folder`/model.
+
+    The reference log-probabilities are computed once, before the first update, so no second model is held.
+    """
+    settings = _settings(config, config.dpo, folder, len(pairs)) | {
+        "learning_rate": config.dpo.learning_rate,
+        "warmup_steps": config.dpo.warmup,
+        "lr_scheduler_type": "cosine",
+        "beta": config.dpo.beta,
+        "loss_type": ["sigmoid"],
+        "precompute_ref_log_probs": True,
+        "max_grad_norm": 0.0,  # no clipping, as in the authors' code
+    }
+    arguments = _arguments(DPOConfig, settings, config.dpo.trl, "dpo.trl")
+    data = Dataset.from_list(
+        [
+            {"prompt": pair.prompt, "chosen": as_answer(pair.prompt, pair.chosen)}
+            | {"rejected": as_answer(pair.prompt, pair.rejected)}
+            for pair in pairs
+        ]
+    )
+    trainer = DPOTrainer(
+        model, args=arguments, train_dataset=data, processing_class=tokenizer, peft_config=_lora(config)
+    )
+    return _train(trainer, tokenizer, folder, "dpo")
+
+
+def as_answer(prompt: Any, text: str) -> Any:
+    """The answer in the form of its prompt: text, or one assistant turn."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def _settings(config: AlignConfig, stage: OptimConfig, folder: Path, examples: int) -> dict[str, Any]:
+    batch = min(stage.batch_size, examples)
+    device_batch = min(stage.device_batch_size, batch)
+    return {
+        "output_dir": str(folder / "checkpoints"),
+        "num_train_epochs": stage.epochs,
+        "per_device_train_batch_size": device_batch,
+        "gradient_accumulation_steps": max(1, batch // device_batch),
+        "max_length": stage.max_tokens,
+        "weight_decay": 0.0,
+        "seed": config.seed,
+        "data_seed": config.seed,
+        "save_strategy": "steps",
+        "save_steps": stage.checkpoint_every,
+        "save_total_limit": 1,
+        "logging_steps": 1,
+        "report_to": "none",
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "disable_tqdm": True,
+        "bf16": torch.cuda.is_available(),
+        "gradient_checkpointing": stage.gradient_checkpointing,
+    }
+
+
+def _arguments(kind: type[Any], settings: dict[str, Any], extra: dict[str, Any], where: str) -> Any:
+    known = {f.name for f in dataclasses.fields(kind) if f.init}
+    for key in extra:
+        if key in _OURS:
+            raise InputError(f"{where}.{key} is set by this project: use the key of the stage")
+        if key not in known:
+            near = difflib.get_close_matches(key, sorted(known), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise InputError(f"{where}.{key} is no argument of TRL's {kind.__name__}{hint}")
+    try:
+        return kind(**(settings | extra))
+    except (ValueError, TypeError, ImportError) as error:
+        raise InputError(f"{where}: TRL does not accept these settings: {error}") from None
+
+
+def _lora(config: AlignConfig) -> Any:
+    if config.lora is None:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=config.lora.r,
+        lora_alpha=config.lora.alpha,
+        lora_dropout=config.lora.dropout,
+        target_modules=config.lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _train(trainer: Any, tokenizer: Any, folder: Path, title: str) -> dict[str, float]:
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    checkpoints = sorted((folder / "checkpoints").glob("checkpoint-*/trainer_state.json"), key=_step)
+    with Progress(transient=True) as progress:
+        trainer.add_callback(_Bar(progress, title))
+        trainer.train(resume_from_checkpoint=str(checkpoints[-1].parent) if checkpoints else None)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    history = [row for row in trainer.state.log_history if "loss" in row]
+    summary = {"updates": float(trainer.state.global_step)}
+    if history:
+        summary |= {"first_loss": float(history[0]["loss"]), "last_loss": float(history[-1]["loss"])}
+        for key in ("rewards/accuracies", "rewards/margins"):
+            if key in history[-1]:
+                summary[key] = float(history[-1][key])
+    trainer.accelerator.free_memory()
+    gc.collect()
+    return summary
+
+
+def _step(state: Path) -> int:
+    return int(state.parent.name.rsplit("-", 1)[1])
+
+
+class _Bar(TrainerCallback):
+    """A progress bar with the loss."""
+
+    def __init__(self, progress: Progress, title: str) -> None:
+        self.progress, self.title = progress, title
+        self.task = progress.add_task(title, total=None)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress.update(self.task, total=state.max_steps, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.progress.update(self.task, description=f"{self.title} loss {float(logs['loss']):.3f}")

@@ -1,0 +1,208 @@
+"""Ranking candidates by pairs, choosing preference pairs, and the pairwise judge as a reward."""
+
+import json
+from itertools import combinations
+
+import pytest
+
+from rlme.align.judge import PairwiseJudge
+from rlme.align.pairs import Pair, choose, require_pairs
+from rlme.align.protocols import PROTOCOLS
+from rlme.align.ranking import Candidates, Ranking, calls_needed, instruction_text, rank
+from rlme.align.reward import PairwiseReward
+from rlme.errors import InputError
+from tests.fake_judge import FakeJudge
+
+WORDS = "one two three four five six seven eight"
+
+
+def texts(n: int) -> tuple[str, ...]:
+    """Candidate k has the first k + 1 words of the reference, so the last is the best."""
+    return tuple(" ".join(WORDS.split()[: k + 1]) for k in range(n))
+
+
+def ranked(evaluator: FakeJudge, group: tuple[str, ...], schedule: str = "ordered", **options) -> Ranking:
+    judge = PairwiseJudge([evaluator], PROTOCOLS["refeval"], **options)
+    return rank([Candidates("Count.", group, (WORDS,), "0")], judge, schedule)[0]
+
+
+@pytest.mark.parametrize("schedule", ["ordered", "unordered", "tournament"])
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 7, 8])
+def test_best_and_worst_and_the_number_of_calls(schedule, n):
+    evaluator = FakeJudge()
+    order = (*texts(n)[1:], texts(n)[0])
+    found = ranked(evaluator, order, schedule)
+    assert (found.best, found.worst) == (n - 2, n - 1)
+    assert found.readings == len(evaluator.requests) == calls_needed(n, schedule)
+    assert found.margin > 0
+
+
+def test_the_papers_numbers_of_calls():
+    assert [calls_needed(5, s) for s in ("ordered", "unordered", "tournament")] == [20, 10, 12]
+    assert calls_needed(1, "ordered") == 0
+
+
+def test_scores_are_means_of_soft_wins_over_all_ordered_pairs():
+    group = texts(4)
+    evaluator = FakeJudge(bias=0.7)
+    found = ranked(evaluator, group)
+    judge = PairwiseJudge([FakeJudge(bias=0.7)], PROTOCOLS["refeval"])
+    wins = {i: [] for i in range(4)}
+    for i, j in combinations(range(4), 2):
+        from rlme.align.judge import Comparison
+
+        score = judge.judge([Comparison("Count.", group[i], group[j], (WORDS,))])[0].score
+        wins[i].append(score)
+        wins[j].append(1 - score)
+    assert found.scores == pytest.approx([sum(w) / 3 for w in wins.values()])
+    assert sum(found.scores) == pytest.approx(4 / 2)
+
+
+def test_equal_texts_are_judged_once_and_share_their_score():
+    evaluator = FakeJudge()
+    found = ranked(evaluator, (texts(2)[0], texts(2)[1], texts(2)[0]))
+    assert len(evaluator.requests) == 2
+    assert found.scores[0] == found.scores[2] < found.scores[1]
+
+
+def test_identical_or_single_candidates_need_no_call():
+    evaluator = FakeJudge()
+    assert ranked(evaluator, ("x", "x", "x")).scores == (None, None, None)
+    assert ranked(evaluator, ("x",)).best is None
+    assert not evaluator.requests
+
+
+@pytest.mark.parametrize("schedule", ["ordered", "unordered"])
+def test_a_candidate_that_cannot_be_judged_costs_itself_only(schedule):
+    group = (*texts(4), "poison")
+    found = ranked(FakeJudge(fail_on="poison"), group, schedule)
+    assert found.scores[4] is None
+    assert None not in found.scores[:4]
+    assert (found.best, found.worst) == (3, 0)
+    assert found.failures == {"timeout": calls_needed(5, schedule) - calls_needed(4, schedule)}
+
+
+def test_a_failed_match_ends_a_tournament_without_a_pair_or_with_a_sound_one():
+    found = ranked(FakeJudge(fail_on="poison"), (*texts(4), "poison"), "tournament")
+    assert found.failures
+    assert found.scores[4] is None
+    if found.best is not None:
+        assert found.scores[found.best] > found.scores[found.worst]
+
+
+def test_everything_failed():
+    found = ranked(FakeJudge(fail_on="Count"), texts(3))
+    assert found.scores == (None, None, None) and found.best is None
+
+
+def test_a_tie_has_no_best():
+    found = ranked(FakeJudge(lambda o, i, r: 0.0, bias=1.0), texts(3))
+    assert found.scores == pytest.approx((0.5, 0.5, 0.5))
+    assert found.best is None or found.margin < 1e-12
+
+
+def test_random_orders_are_fixed_by_the_seed_and_differ_between_prompts():
+    def orders(key: str, seed: int) -> list[str]:
+        evaluator = FakeJudge()
+        judge = PairwiseJudge([evaluator], PROTOCOLS["base"])
+        rank([Candidates("Count.", texts(6), (), key)], judge, "unordered", seed=seed)
+        return [r.context[0]["content"] for r in evaluator.requests]
+
+    assert orders("a", 0) == orders("a", 0)
+    assert orders("a", 0) != orders("b", 0)
+    assert orders("a", 0) != orders("a", 1)
+
+
+def test_what_the_judge_reads_of_a_prompt():
+    assert instruction_text("Do it.") == "Do it."
+    system = {"role": "system", "content": "Be brief."}
+    assert instruction_text([system, {"role": "user", "content": "Do it."}]) == "Do it."
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    assert instruction_text(turns) == "User: a\n\nAssistant: b\n\nUser: c"
+
+
+# pairs
+
+
+def test_choosing_a_pair():
+    def chosen(scores, lengths=(1, 1, 1), group=("a", "b", "c"), **options):
+        known = {i: s for i, s in enumerate(scores) if s is not None}
+        best = max(known, key=known.get) if known else None
+        worst = min(known, key=known.get) if known else None
+        if known and known[best] == known[worst]:
+            best = worst = None
+        return choose(group, Ranking(tuple(scores), best, worst), lengths=lengths, max_tokens=10, **options)
+
+    assert chosen((0.2, 0.9, 0.5)) == (1, 0)
+    assert chosen((0.2, 0.9, 0.5), lengths=(1, 11, 1)) == (2, 0)
+    assert chosen((0.2, 0.9, 0.5), lengths=(11, 11, 1)) == "too long"
+    assert chosen((0.5, 0.5, 0.5)) == "tie"
+    assert chosen((0.5, 0.9, 0.5), lengths=(1, 11, 1)) == "tie"
+    assert chosen((0.2, None, None)) == "failed judgements"
+    assert chosen((0.2, 0.3, None), min_margin=0.2) == "margin too small"
+    assert chosen((None, None, None), group=("a", "a", "a")) == "identical candidates"
+    assert chosen((None,), group=("a",)) == "one candidate"
+
+
+def test_no_pair_left_is_said_before_dpo():
+    with pytest.raises(InputError, match=r"no preference pair is left \(3 tie, 1 too long\), so DPO has nothing"):
+        require_pairs([], {"tie": 3, "too long": 1})
+    require_pairs([Pair("p", "a", "b", 0.9, 0.1, 0)], {})
+
+
+# the bridge
+
+
+def test_reward_is_the_win_rate_within_the_group():
+    group = texts(3)
+    reward = PairwiseReward("refeval", [FakeJudge()])
+    prompts, completions = ["Count."] * 3 + ["Again."] * 2, [*group, "one two", "one two"]
+    logged: dict[str, float] = {}
+    found = reward(prompts, completions, reference=[WORDS] * 5, log_metric=logged.__setitem__)
+    assert found[:3] == pytest.approx(ranked(FakeJudge(), group).scores)
+    assert found[3:] == [0.5, 0.5]
+    assert logged["pairwise/missing"] == 0 and 0 < logged["pairwise/mass"] <= 1
+
+
+def test_a_failed_comparison_gives_none_not_a_half():
+    reward = PairwiseReward("refeval", [FakeJudge(fail_on="poison")])
+    logged: dict[str, float] = {}
+    found = reward(["Q"] * 3, [*texts(2), "poison"], reference=[WORDS] * 3, log_metric=logged.__setitem__)
+    assert found[2] is None and None not in found[:2]
+    assert logged["pairwise/failures/timeout"] == 4
+
+
+def test_reward_reads_chat_and_stored_columns_and_names_a_missing_reference():
+    reward = PairwiseReward("refeval", [FakeJudge()])
+    chat = [[{"role": "user", "content": "Count."}]] * 2
+    completions = [[{"role": "assistant", "content": t}] for t in texts(2)]
+    found = reward(chat, completions, columns=[json.dumps({"reference": [WORDS]})] * 2)
+    assert found[1] > 0.5 > found[0]
+    with pytest.raises(InputError, match="the dataset has no column 'reference'"):
+        reward(chat, completions)
+    with pytest.raises(InputError, match="has none"):
+        reward(chat, completions, reference=["", ""])
+
+
+def test_reward_trains_with_trl(tiny_policy_dir, tmp_path):
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    from rlme.models import load_tokenizer
+
+    rows = [{"prompt": f"Question {i}?", "reference": "Yes Yes"} for i in range(4)]
+    arguments = GRPOConfig(
+        output_dir=str(tmp_path), per_device_train_batch_size=4, num_generations=4, max_completion_length=6,
+        max_steps=1,
+        report_to="none", disable_tqdm=True, use_cpu=True, logging_steps=1,
+    )  # fmt: skip
+    reward = PairwiseReward("refeval", ["live"], schedule="unordered")
+    trainer = GRPOTrainer(
+        str(tiny_policy_dir), reward_funcs=reward, args=arguments, train_dataset=Dataset.from_list(rows),
+        processing_class=load_tokenizer(tiny_policy_dir),
+    )  # fmt: skip
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert 0 <= logged["rewards/pairwise/mean"] <= 1
+    assert logged["pairwise/missing"] == 0
+    assert reward.rankings
