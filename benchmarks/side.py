@@ -1,0 +1,227 @@
+"""One side of a comparison, in a process of its own: some training steps, and what each stage took.
+
+    python benchmarks/side.py --side ours|off|peer --workload w1 --steps 2
+
+`ours` is RLME's trainer; `off` the same with sharing off; `peer` is TRL's GRPOTrainer with the reward function that a
+careful user would write. All three: the same model, prompts, questions, loss, optimizer and precision (float32
+weights, bfloat16 autocast, evaluators in bfloat16, no gradient checkpointing). Prints one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+sys.path.insert(0, str(Path(__file__).parent))
+from workloads import QUESTIONS, WORKLOADS, Workload
+
+from rlme.evaluators.local import LocalEvaluator
+from rlme.judging import Judging
+from rlme.models import load_model, load_tokenizer
+from rlme.questions import MARKER, PAPER, READOUTS
+from rlme.reward import MetaReward
+from rlme.templating import render
+from rlme.training.trainer import RLMETrainer
+
+STAGES = ("sample", "judge", "update")
+
+
+class Stages(TrainerCallback):
+    """Seconds and forwarded positions of each stage; the update is what sampling and judging leave of a step."""
+
+    def __init__(self, clock: Any) -> None:
+        self.clock = clock
+        self.stage = "update"
+        self.seconds: Counter[str] = Counter()
+        self.tokens: Counter[str] = Counter()
+        self.steps: list[dict[str, Any]] = []
+
+    def around(self, stage: str, function: Any) -> Any:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            before, self.stage = self.stage, stage
+            started = self.clock()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds[stage] += self.clock() - started
+                self.stage = before
+
+        return timed
+
+    def count(self, model: torch.nn.Module) -> None:
+        """Count the positions that enter a model: padding and repeated tokens included."""
+        model.get_input_embeddings().register_forward_hook(
+            lambda module, args, output: self.tokens.update({self.stage: args[0].numel()})
+        )
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds.clear()
+        self.tokens.clear()
+        self.started = self.clock()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        total = self.clock() - self.started
+        seconds = {stage: self.seconds[stage] for stage in ("sample", "judge")}
+        seconds |= {"update": total - sum(seconds.values()), "step": total}
+        self.steps.append({"seconds": seconds, "tokens": dict(self.tokens)})
+
+
+def arguments(workload: Workload, folder: str, *, steps: int, micro_batch: int) -> GRPOConfig:
+    rows = workload.prompts * workload.group
+    return GRPOConfig(
+        output_dir=folder,
+        max_steps=steps,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=rows // micro_batch,
+        num_generations=workload.group,
+        max_completion_length=workload.completion_tokens,
+        loss_type="cispo",
+        epsilon_high=5.0,
+        beta=0.0,
+        learning_rate=2e-6,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        gradient_checkpointing=False,
+        scale_rewards="none",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+
+
+def peer_reward(models: list[Any], tokenizer: Any, questions: list[str], batch_size: int) -> Any:
+    """Mean log-probability of `YES` and the marker after each question: batched, bfloat16, logits of two positions."""
+    target = tokenizer("YES" + MARKER, add_special_tokens=False)["input_ids"]
+
+    def reward(prompts: Any, completions: Any, **columns: Any) -> list[float]:
+        texts = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            context = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+            text = completion[-1]["content"]
+            variables = {"context": context, "completion": text, "n_chars": len(text), "answer": None, "anchor": None}
+            variables |= {"previous": [], "reply_format": READOUTS["marker"].reply_format}
+            for question in questions:
+                texts.append(render(PAPER.text, variables | {"question": question}, where="peer") + " " + MARKER)
+        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] + target[:-1] for text in texts]
+        scores = [0.0] * len(ids)
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        for model in models:
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                batch = tokenizer.pad({"input_ids": [ids[i] for i in rows]}, padding_side="left", return_tensors="pt")
+                with torch.no_grad():
+                    logits = model(**batch.to(model.device), logits_to_keep=len(target), use_cache=False).logits
+                wanted = torch.tensor(target, device=logits.device).expand(len(rows), -1)
+                logps = logits.float().log_softmax(-1).gather(-1, wanted[..., None])[..., 0].sum(-1)
+                for i, value in zip(rows, logps.tolist(), strict=True):
+                    scores[i] += value
+        k = len(questions)
+        return [sum(scores[i * k : (i + 1) * k]) for i in range(len(prompts))]
+
+    return reward
+
+
+def build(side: str, workload: Workload, model_name: str, folder: str, steps: int, clock: Any) -> tuple[Any, Stages]:
+    tokenizer = load_tokenizer(model_name)
+    policy = load_model(model_name)
+    evaluators = [load_model(model_name, dtype="bfloat16") for _ in range(workload.evaluators)]
+    questions = list(QUESTIONS[: workload.questions])
+    dataset = Dataset.from_list([{"prompt": messages} for messages in workload.messages(tokenizer)])
+    stages = Stages(clock)
+    for model in (policy, *evaluators):
+        stages.count(model)
+    common: dict[str, Any] = {"train_dataset": dataset, "processing_class": tokenizer, "callbacks": [stages]}
+    trainer: Any
+    rows = workload.prompts * workload.group
+    if side == "peer":
+        # The fastest settings found on the machine of BENCHMARKS.md: 8 rows at a time, in training and judging.
+        batch = min(8, rows)
+        reward = peer_reward(evaluators, tokenizer, questions, batch_size=8)
+        trainer = GRPOTrainer(
+            policy,
+            reward_funcs=[reward],
+            args=arguments(workload, folder, steps=steps, micro_batch=batch),
+            **common,
+        )
+    else:
+        share = side == "ours"
+        judges = [
+            LocalEvaluator(model, tokenizer, name=f"frozen{i}", chat=False, share=share)
+            for i, model in enumerate(evaluators)
+        ]
+        trainer = RLMETrainer(
+            policy,
+            MetaReward(questions, judges, judging=Judging("paper", "marker")),
+            share_prefixes=share,
+            args=arguments(workload, folder, steps=steps, micro_batch=rows if share else min(8, rows)),
+            **common,
+        )
+    trainer._generate_single_turn = stages.around("sample", trainer._generate_single_turn)
+    trainer._calculate_rewards = stages.around("judge", trainer._calculate_rewards)
+    return trainer, stages
+
+
+def matmul_rate(device: torch.device, clock: Any) -> float:
+    """GFLOP/s of a bfloat16 product of the size of a transformer layer's."""
+    a = torch.randn(2048, 1024, device=device, dtype=torch.bfloat16)
+    b = torch.randn(1024, 1024, device=device, dtype=torch.bfloat16)
+    best = 0.0
+    for _ in range(5):
+        started = clock()
+        for _ in range(10):
+            product = a @ b
+        float(product[0, 0])
+        best = max(best, 10 * 2 * 2048 * 1024 * 1024 / (clock() - started) / 1e9)
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--side", choices=("ours", "off", "peer"), required=True)
+    parser.add_argument("--workload", choices=sorted(WORKLOADS), required=True)
+    parser.add_argument("--model", default="builtin:smollm2-135m")
+    parser.add_argument("--steps", type=int, default=2, help="measured steps; one more runs before them")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    clock = time.perf_counter if options.clock == "wall" else time.process_time
+    workload = WORKLOADS[options.workload]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, stages = build(options.side, workload, options.model, folder, options.steps + 1, clock)
+        trainer.train()
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    head = model.get_output_embeddings().weight.numel()
+    print(
+        json.dumps(
+            {
+                "side": options.side,
+                "workload": options.workload,
+                "steps": stages.steps[1:],
+                "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+                "peak_gpu_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0,
+                "body_weights": model.num_parameters() - head,
+                "matmul_gflops": matmul_rate(model.device, clock),
+                "threads": torch.get_num_threads(),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

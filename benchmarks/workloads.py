@@ -1,0 +1,79 @@
+"""What is measured: prompts, group sizes, questions, evaluators. Speed depends on lengths, not on what is said."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+# Word problems of the length of GSM8K's; written for this file.
+PROBLEMS = (
+    "A baker fills 14 trays with 12 rolls each in the morning. At noon she gives a quarter of the rolls to a school "
+    "kitchen and sells 38 of the others before closing. The next day she bakes 20 more and sells half of all she has. "
+    "How many rolls are left in the shop?",
+    "Tom's train leaves at 9:20 and takes 2 hours and 45 minutes. He then waits 25 minutes for a bus that needs twice "
+    "as long as he waited. On the way back everything takes 10 minutes more. How many minutes does he travel in all?",
+    "In a garden there are 6 rows of tomato plants with 9 plants each. Every plant bears 5 tomatoes a week for 4 weeks. "
+    "A third of the tomatoes is made into sauce, and one jar of sauce takes 12 tomatoes. How many jars can be filled?",
+    "A library lends 240 books on Monday, 15 percent fewer on Tuesday, and as many on Wednesday as on the two days "
+    "before together. On Thursday 97 of the books come back. How many books are out on Thursday evening?",
+)
+ADVICE = " Think briefly, then give the final answer in \\boxed{}."
+FILLER = "The notes of the committee say that the plan was discussed at length and changed in several places. "
+
+QUESTIONS = (
+    "Is the final answer correct?",
+    "Is every step of the reasoning valid?",
+    "Does the solution answer the question asked?",
+    "Is the solution free of repetition?",
+    "Is the arithmetic right?",
+    "Is the answer given in a box?",
+    "Would a teacher accept this solution?",
+    "Is the solution easy to follow?",
+)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One training step: `prompts` x `group` completions, `questions` to each of `evaluators` frozen copies."""
+
+    name: str
+    prompts: int = 4
+    group: int = 8
+    prompt_tokens: int | None = None  # None: the word problems as they are, about 90 tokens
+    completion_tokens: int = 96
+    questions: int = 3
+    evaluators: int = 1
+
+    def messages(self, tokenizer: Any) -> list[list[dict[str, str]]]:
+        """Prompts as chats; longer ones are filled up at the front, cut to length in tokens."""
+        texts = []
+        for i in range(self.prompts):
+            text = PROBLEMS[i % len(PROBLEMS)] + ADVICE
+            if self.prompt_tokens is not None:
+                fill = f"Case {i}. " + FILLER * (self.prompt_tokens // 16 + 1)
+                ids = tokenizer(fill + text, add_special_tokens=False)["input_ids"]
+                text = tokenizer.decode(ids[-self.prompt_tokens :] if len(ids) > self.prompt_tokens else ids)
+                text = f"Case {i}. {text}"
+            texts.append(text)
+        return [[{"role": "user", "content": text}] for text in texts]
+
+
+_SMALL = {"prompts": 2, "completion_tokens": 64}
+WORKLOADS = {
+    w.name: w
+    for w in (
+        Workload("w1"),
+        Workload("w1-k1", questions=1),
+        Workload("w1-k8", questions=8),
+        Workload("prompt-64", prompt_tokens=64, **_SMALL),
+        Workload("prompt-256", prompt_tokens=256, **_SMALL),
+        Workload("prompt-1024", prompt_tokens=1024, **_SMALL),
+        Workload("group-1", group=1, **_SMALL),
+        Workload("group-4", group=4, **_SMALL),
+        Workload("group-16", group=16, **_SMALL),
+        Workload("questions-1", questions=1, **_SMALL),
+        Workload("questions-8", questions=8, **_SMALL),
+        Workload("evaluators-2", evaluators=2, **_SMALL),
+        Workload("evaluators-3", evaluators=3, **_SMALL),
+    )
+}
