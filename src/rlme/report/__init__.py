@@ -1,0 +1,1 @@
+"""Looking at runs: one HTML page a run, runs laid over each other, and the live view in the terminal."""

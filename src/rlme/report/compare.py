@@ -1,0 +1,246 @@
+"""Runs laid over each other: seeds of one configuration become a band, differences a table."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from rlme.errors import InputError
+from rlme.report import html
+from rlme.report.content import WINDOW, Chart, Finding, Series, best_heldout, judges, short, spending
+from rlme.report.page_data import SMOOTH, chart_data
+from rlme.report.run import Run, read_run
+from rlme.training.monitors import GOLD, best_step
+
+IGNORED = ("train.seed", "output")
+"""Keys that may differ between the seeds of one configuration."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Runs of one configuration."""
+
+    name: str
+    runs: list[Run]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number of each run, for the table: over the seeds of an arm it has a mean and a spread."""
+
+    name: str
+    values: list[list[float]]
+    """Per arm, one value for each run that has it."""
+
+
+def write_comparison(folders: Sequence[Path], output: Path, table: Path | None = None) -> None:
+    """Write the page that compares runs, and the table as JSON."""
+    if len(folders) < 2:
+        raise InputError(f"rlme compare needs two or more runs, got {len(folders)}")
+    runs = [read_run(folder) for folder in folders]
+    arms, differing = group_runs(runs)
+    table_of = measures(arms)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_bytes(html.render("comparison - rlme", _page(runs, arms, differing, table_of)))
+    if table is not None:
+        content = {
+            "arms": {arm.name: [str(run.folder) for run in arm.runs] for arm in arms},
+            "measures": {m.name: dict(zip((a.name for a in arms), m.values, strict=True)) for m in table_of},
+        }
+        table.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{name}.")
+        else:
+            flat[name] = json.dumps(value, ensure_ascii=False, default=str)
+    return flat
+
+
+def group_runs(runs: Sequence[Run]) -> tuple[list[Arm], list[tuple[str, list[str]]]]:
+    """Arms in the order of their first run, and the settings in which they differ: (key, value of each arm).
+
+    An arm is named after up to two settings that set it apart, or after its folder.
+    """
+    groups: dict[str, list[Run]] = defaultdict(list)
+    settings: list[dict[str, str]] = []
+    for run in runs:
+        flat = {k: v for k, v in _flat(run.config).items() if k not in IGNORED}
+        # a run without its configuration can be the seed of no other
+        identity = json.dumps(flat, sort_keys=True) if flat else str(run.folder)
+        if identity not in groups:
+            settings.append(flat)
+        groups[identity].append(run)
+    differing: list[tuple[str, list[str]]] = []
+    for key in dict.fromkeys(key for setting in settings for key in setting):
+        values = [setting.get(key, "(unset)") for setting in settings]
+        if len(set(values)) > 1:
+            differing.append((key, values))
+    names = []
+    for i, members in enumerate(groups.values()):
+        parts = [f"{key}={values[i]}" for key, values in differing[:2]]
+        names.append(", ".join(parts) if parts and len(differing) <= 2 else members[0].name)
+    unique = [name if names.count(name) == 1 else f"{name} [{i + 1}]" for i, name in enumerate(names)]
+    return [Arm(n, members) for n, members in zip(unique, groups.values(), strict=True)], differing
+
+
+def over_seeds(arm: Arm, key: str, group: int) -> Series | None:
+    """Mean over the runs of an arm at each step that any has, and mean -/+ one standard deviation as a band."""
+    by_step: dict[int, list[float]] = defaultdict(list)
+    for run in arm.runs:
+        for step, value in zip(*run.series(key), strict=True):
+            by_step[step].append(value)
+    if not by_step:
+        return None
+    steps = sorted(by_step)
+    means = [fmean(by_step[step]) for step in steps]
+    band = None
+    if len(arm.runs) > 1:
+        spread = [stdev(by_step[step]) if len(by_step[step]) > 1 else 0.0 for step in steps]
+        band = (
+            [m - s for m, s in zip(means, spread, strict=True)],
+            [m + s for m, s in zip(means, spread, strict=True)],
+        )
+    return Series(arm.name, steps, means, points=key.startswith("eval/"), band=band, group=group)
+
+
+def _charts(arms: Sequence[Arm]) -> list[Chart]:
+    pairs = list(dict.fromkeys(pair for arm in arms for run in arm.runs for pair in judges(run)))
+    wanted = [
+        ("Reward, training batch", "reward", False),
+        ("Gold accuracy, held-out prompts", f"eval/{GOLD}", True),
+        ("Gold accuracy, training batch", GOLD, True),
+        *((f"{e}: {q}", f"judge/{e}/{q}/probability", True) for e, q in pairs),
+        *((f"{e}: {q}, held-out prompts", f"eval/judge/{e}/{q}/probability", True) for e, q in pairs),
+        ("Right above wrong, within a group", "gold/within_group_auroc", True),
+        ("Length", "completions/mean_tokens", False),
+        ("Distinct in a group", "completions/distinct", True),
+        ("Address the evaluator", "completions/addresses_evaluator", True),
+        ("Seconds of a step", "time/step", False),
+    ]
+    result = []
+    for title, key, share in wanted:
+        lines = [series for i, arm in enumerate(arms) if (series := over_seeds(arm, key, i)) is not None]
+        if lines:
+            bands = any(line.band for line in lines)
+            result.append(
+                Chart(title, "mean over seeds, band of one standard deviation" if bands else "", lines, share)
+            )
+    return result
+
+
+def measures(arms: Sequence[Arm]) -> list[Measure]:
+    """The table: what each run came to."""
+
+    def last(key: str) -> list[list[float]]:
+        return [[fmean(v[-WINDOW:]) for run in arm.runs if (v := run.series(key)[1])] for arm in arms]
+
+    def each(number: Any) -> list[list[float]]:
+        return [[v for run in arm.runs if (v := number(run)) is not None] for arm in arms]
+
+    def heldout(run: Run, *, best: bool) -> float | None:
+        measured = best_heldout(run)
+        if measured is None or measured[0] != GOLD:
+            return None
+        step = best_step(measured[1]) if best else max(measured[1])
+        return None if step is None else measured[1][step]
+
+    table = [
+        Measure("steps", each(lambda run: float(run.steps))),
+        Measure(f"reward, last {WINDOW} steps", last("reward")),
+        Measure("held-out gold, best", each(lambda run: heldout(run, best=True))),
+        Measure("held-out gold, last", each(lambda run: heldout(run, best=False))),
+        Measure(f"training gold, last {WINDOW} steps", last(GOLD)),
+        Measure(f"right above wrong in a group, last {WINDOW}", last("gold/within_group_auroc")),
+        Measure(f"tokens of an answer, last {WINDOW}", last("completions/mean_tokens")),
+        Measure("seconds of a step", each(lambda run: _mean(run.series("time/step")[1]))),
+        Measure("cost", each(lambda run: spending(run).cost)),
+        Measure("alarms", each(lambda run: float(len(run.alarms)))),
+    ]
+    return [measure for measure in table if any(measure.values)]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return fmean(values) if values else None
+
+
+def _cell(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    return short(fmean(values)) + (f" ± {short(stdev(values))}" if len(values) > 1 else "")
+
+
+def _rows(arms: Sequence[Arm], table: Sequence[Measure]) -> list[list[str]]:
+    rows = []
+    for measure in table:
+        row, base = [measure.name, _cell(measure.values[0])], measure.values[0]
+        for values in measure.values[1:]:
+            row.append(_cell(values))
+            row.append(f"{fmean(values) - fmean(base):+.3g}" if values and base else "")
+        rows.append(row)
+    return rows
+
+
+def _page(
+    runs: Sequence[Run], arms: Sequence[Arm], differing: list[tuple[str, list[str]]], table: Sequence[Measure]
+) -> dict[str, Any]:
+    said = [Finding("bad", f"{run.name}, step {step}: {text}") for run in runs for step, text in run.alarms]
+    said += [Finding("info", f"{run.name}: {text}") for run in runs for text in run.missing]
+    head = ["", arms[0].name]
+    for arm in arms[1:]:
+        head += [arm.name, "difference"]
+    tables = [
+        {
+            "title": "Results",
+            "note": f"mean ± standard deviation over seeds; differences to {arms[0].name!r}",
+            "head": head,
+            "rows": _rows(arms, table),
+            "numeric": list(range(1, len(head))),
+        },
+        {
+            "title": "Runs",
+            "note": f"runs that differ only in {' and '.join(IGNORED)} are seeds of one configuration",
+            "head": ["configuration", "runs", "steps"],
+            "rows": [
+                [arm.name, ", ".join(run.name for run in arm.runs), ", ".join(str(run.steps) for run in arm.runs)]
+                for arm in arms
+            ],
+        },
+    ]
+    if differing:
+        tables.append(
+            {
+                "title": "Settings that differ",
+                "note": "",
+                "head": ["", *(arm.name for arm in arms)],
+                "rows": [[key, *values] for key, values in differing],
+            }
+        )
+    last = max(run.steps for run in runs)
+    return {
+        "name": "Comparison",
+        "subtitle": f"{len(runs)} runs, {len(arms)} configurations" if len(arms) > 1 else f"{len(runs)} seeds",
+        "tiles": [],
+        "findings": [asdict(finding) for finding in said],
+        "charts": [chart_data(chart) for chart in _charts(arms)],
+        "first_step": 0,
+        "last_step": last,
+        "smooth": last > SMOOTH,
+        "marks": [],
+        "tables": tables,
+        "spending": [],
+        "groups": [],
+        "rule": "",
+        "mark_names": {},
+        "settings": [],
+        "footer": "Written by rlme from the runs' folders. No network was used.",
+    }

@@ -1,0 +1,159 @@
+"""Reading a run's folder as it is: whole, still growing, cut off in the middle, or partly missing."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlme.errors import InputError
+from rlme.training.run_folder import FORMAT, RunFolder
+
+Record = dict[str, Any]
+
+
+@dataclass
+class Run:
+    """A run as far as it can be read. `missing` says in sentences what could not be."""
+
+    folder: Path
+    config: dict[str, Any]
+    info: dict[str, Any]
+    records: list[Record]
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.folder.resolve().name
+
+    @cached_property
+    def training(self) -> list[Record]:
+        """The lines of training steps: step 0 holds only what was measured before training."""
+        return [record for record in self.records if record["step"] > 0]
+
+    @property
+    def steps(self) -> int:
+        """Training steps taken so far."""
+        return self.training[-1]["step"] if self.training else 0
+
+    @property
+    def alarms(self) -> list[tuple[int, str]]:
+        """(step, sentence) of each alarm."""
+        return [(record["step"], record["alarm"]) for record in self.records if record.get("alarm")]
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """Every metric that occurs, in the order of first appearance."""
+        return list(dict.fromkeys(key for record in self.records for key in record))
+
+    def series(self, key: str) -> tuple[list[int], list[float]]:
+        """(steps, values) where the metric was measured."""
+        points = [(r["step"], r[key]) for r in self.records if isinstance(r.get(key), int | float)]
+        return [step for step, _ in points], [float(value) for _, value in points]
+
+    def total(self, key: str) -> float | None:
+        """Sum over the steps; None when the metric never occurs."""
+        values = self.series(key)[1]
+        return math.fsum(values) if values else None
+
+    def section(self, name: str) -> dict[str, Any]:
+        """A mapping of the configuration; empty when it is missing or something else."""
+        value = self.config.get(name)
+        return value if isinstance(value, dict) else {}
+
+    def weight(self, evaluator: str, question: str) -> float | None:
+        """v_j * w_k as configured; None when the configuration does not tell."""
+        evaluators = self.config.get("evaluators") or []
+        try:
+            w = float(self.section("questions")[question].get("weight", 1.0))
+            v = next(e for e in evaluators if _label(e) == evaluator).get("weight")
+        except (KeyError, AttributeError, StopIteration, TypeError, ValueError):
+            return None
+        return w * (1.0 if v is None else float(v))  # evaluators without a weight share 1: never 0
+
+    def rollout_files(self, *, held_out: bool = False) -> dict[int, Path]:
+        """step -> Parquet file, in order."""
+        paths = sorted((self.folder / ("eval" if held_out else "rollouts")).glob("step-*.parquet"))
+        return {int(path.stem.split("-")[1]): path for path in paths if path.stem.split("-")[1].isdigit()}
+
+
+def _label(evaluator: Mapping[str, Any]) -> str:
+    endpoint = evaluator.get("endpoint") or {}
+    source = str(evaluator.get("model") or endpoint.get("model") or "evaluator")
+    return str(evaluator.get("name") or source.rstrip("/").removesuffix(".gguf").split("/")[-1].split(":")[-1])
+
+
+def read_run(path: Path) -> Run:
+    """Read a run's folder. Whatever is missing or broken in it is said in `missing`, not raised.
+
+    Raises InputError when `path` is no folder, or one in which nothing of a run is.
+    """
+    if not path.is_dir():
+        raise InputError(f"{path} is not a folder: expected a run's folder, such as runs/NAME")
+    folder = RunFolder(path)
+    if not any(part.exists() for part in (folder.config, folder.metrics, folder.rollouts, folder.eval)):
+        raise InputError(f"{path} is not a run's folder: it has no config.yaml, no metrics.jsonl and no rollouts/")
+    missing: list[str] = []
+    config = _read_config(folder.config, missing)
+    info = config.pop("run_info", None) or {}
+    if not isinstance(info, dict):
+        info = {}
+    version = info.get("format", FORMAT)
+    if isinstance(version, int) and version > FORMAT:
+        missing.append(
+            f"The folder has format {version}, this version of rlme knows {FORMAT}: what is new in it is not shown."
+        )
+    records = list(_read_metrics(folder.metrics, missing))
+    run = Run(path, config, info, records, missing)
+    if not run.training:
+        missing.append("No training step has been recorded yet.")
+    elif not run.rollout_files():
+        missing.append("There are no rollouts/: the samples cannot be shown.")
+    return run
+
+
+def _read_config(path: Path, missing: list[str]) -> dict[str, Any]:
+    if not path.is_file():
+        missing.append("There is no config.yaml: settings, versions and weights are unknown.")
+        return {}
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
+    except yaml.YAMLError as error:
+        missing.append(f"config.yaml cannot be read: {str(error).splitlines()[0]}.")
+        return {}
+    if not isinstance(config, dict):
+        missing.append("config.yaml holds no settings.")
+        return {}
+    return config
+
+
+def _read_metrics(path: Path, missing: list[str]) -> Iterator[Record]:
+    """Whole lines with a step, the last of each step (a resumed run may repeat one), in the order of steps."""
+    if not path.is_file():
+        missing.append("There is no metrics.jsonl.")
+        return
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    by_step: dict[int, Record] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            step = record["step"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            where = "The last line" if number >= len(lines) - 1 else f"Line {number}"
+            missing.append(f"{where} of metrics.jsonl is cut off or not a record, and was left out.")
+            continue
+        if not isinstance(step, int) or isinstance(step, bool):
+            missing.append(f"Line {number} of metrics.jsonl has no whole number as step, and was left out.")
+            continue
+        finite = {k: v for k, v in record.items() if not isinstance(v, float) or math.isfinite(v)}
+        by_step[step] = by_step.get(step, {}) | finite
+    yield from (by_step[step] for step in sorted(by_step))

@@ -1,0 +1,268 @@
+"""Reports without a browser: reading whatever is in a run's folder, findings, samples, comparison, terminal."""
+
+import json
+import re
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from rich.console import Console
+
+from rlme.errors import InputError
+from rlme.report.compare import group_runs, measures, over_seeds, write_comparison
+from rlme.report.content import charts, duration, findings, judges, spending, tiles
+from rlme.report.html import embed
+from rlme.report.page_data import page_data, write_report
+from rlme.report.run import read_run
+from rlme.report.samples import choose, marks
+from rlme.report.terminal import plain, print_overview, sparkline, watch
+from tests.synthetic_run import HOSTILE, write_run
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("runs") / "collapse", steps=60, prompts=4)
+
+
+def embedded(page: Path) -> dict[str, Any]:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.S)
+    assert found is not None
+    return dict(json.loads(found.group(1)))
+
+
+def test_a_whole_run_is_read_and_judged(run_folder: Path) -> None:
+    run = read_run(run_folder)
+    assert run.steps == 60
+    assert run.missing == []
+    assert judges(run)[0] == ("live", "correct")
+    assert len(judges(run)) == 6
+    levels = [finding.level for finding in findings(run)]
+    assert levels[0] == "bad"  # the collapse
+    assert {tile.label for tile in tiles(run)} >= {"steps", "reward", "gold, held-out", "failed judgements", "cost"}
+    assert run.weight("qwen", "correct") == 0
+    assert run.weight("live", "concise") == 0.25
+    assert spending(run).seconds["sample"] > 0
+
+
+def test_the_page_holds_every_curve_and_the_alarm(run_folder: Path, tmp_path: Path) -> None:
+    page = write_report(run_folder, tmp_path / "page.html")
+    data = embedded(page)
+    titles = [chart["title"] for chart in data["charts"]]
+    assert titles[:4] == ["Reward", "Gold accuracy", "Question: correct", "Question: concise"]
+    assert [mark["kind"] for mark in data["marks"]] == ["alarm", "best"]
+    series = next(chart for chart in data["charts"] if chart["title"] == "Question: correct")["series"]
+    assert [s["name"] for s in series if s["dashed"]] == ["qwen (weight 0)", "qwen (weight 0), held-out"]
+    assert data["rule"] == "All 1,960 completions of the run are here."
+
+
+def test_nothing_a_model_wrote_can_leave_the_data_block(run_folder: Path, tmp_path: Path) -> None:
+    page = write_report(run_folder, tmp_path / "page.html").read_text()
+    block = page[page.index('id="data">') :]
+    block = block[: block.index("</script>")]
+    assert not set("<>&\u2028\u2029") & set(block.removeprefix('id="data">'))
+    texts = [row["text"] for group in embedded(tmp_path / "page.html")["groups"] for row in group["rows"]]
+    for hostile in HOSTILE:
+        assert any(text.startswith(hostile) for text in texts)
+    assert "innerHTML" not in page
+
+
+def test_embedding_is_lossless() -> None:
+    data = {"a": "</script><!-- & \u2028 \x00 \u202e é 漢 😀 \\", "b": [1.5, None]}
+    assert json.loads(embed(data)) == data
+
+
+def test_large_runs_are_sampled_by_a_stated_rule(run_folder: Path) -> None:
+    run = read_run(run_folder)
+    few = choose(run, budget=300_000, steps=10)
+    assert "evenly spaced" in few.rule
+    steps = {group["step"] for group in few.groups if not group["heldout"]}
+    assert {1, 60, run.alarms[0][0]} <= steps
+    assert all(len(group["rows"]) == (1 if group["heldout"] else 6) for group in few.groups)
+    assert any("failed" in row["marks"] for group in few.groups for row in group["rows"])
+    assert len(json.dumps(few.groups)) < 450_000
+    assert choose(run, budget=300_000, steps=10) == few
+
+
+def test_groups_are_ordered_by_reward_with_missing_last(run_folder: Path) -> None:
+    for group in choose(read_run(run_folder)).groups:
+        rewards = [row["reward"] for row in group["rows"]]
+        known = [reward for reward in rewards if reward is not None]
+        assert known == sorted(known, reverse=True)
+        assert rewards[: len(known)] == known
+
+
+def test_marks() -> None:
+    def row(**changes: Any) -> dict[str, Any]:
+        base = {"correct": None, "reward": -0.1, "truncated": False, "completion": "4", "judgements": []}
+        return {**base, **changes}
+
+    def judged(probability: float | None, question: str = "q") -> dict[str, Any]:
+        return {"question": question, "probability": probability, "failure": None if probability else "timeout"}
+
+    assert marks(row(), -0.1) == []
+    assert marks(row(correct=False), -0.1) == ["wrong"]
+    assert marks(row(correct=False), -0.05) == []
+    assert marks(row(judgements=[judged(0.9), judged(0.3)]), None) == ["disagree"]
+    assert marks(row(judgements=[judged(0.9), judged(0.3, "other")]), None) == []
+    assert marks(row(judgements=[judged(None)], truncated=True), None) == ["failed", "clipped"]
+    assert marks(row(completion="This is the correct answer."), None) == ["addresses"]
+
+
+def test_without_gold_gold_is_absent_not_zero(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=12, prompts=2, eval_every=6, eval_prompts=4, gold=False)
+    run = read_run(folder)
+    assert not [key for key in run.keys if "gold" in key]
+    assert "Gold accuracy" not in [chart.title for chart in charts(run)]
+    assert not [tile for tile in tiles(run) if "gold" in tile.label]
+    assert "Best checkpoint by judge/qwen/concise/probability" in " ".join(f.text for f in findings(run))
+    assert all(row["correct"] is None for group in choose(run).groups for row in group["rows"])
+
+
+def test_nothing_independent_of_the_reward_is_said(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"step": 1, "reward": -1.0}\n{"step": 2, "reward": -0.9}\n')
+    texts = [finding.text for finding in findings(read_run(folder))]
+    assert any("Nothing independent of the reward is measured" in text for text in texts)
+
+
+@pytest.mark.parametrize("content", ["empty", "no steps", "not a run", "a file"])
+def test_folders_with_nothing_in_them(tmp_path: Path, content: str) -> None:
+    folder = tmp_path / "run"
+    if content == "a file":
+        folder.write_text("")
+    else:
+        folder.mkdir()
+    if content == "not a run":
+        (folder / "notes.txt").write_text("hello")
+    if content == "no steps":
+        (folder / "config.yaml").write_text("model: {path: x}\nrun_info: {format: 1}\n")
+        page = write_report(folder)
+        texts = [finding["text"] for finding in embedded(page)["findings"]]
+        assert "No training step has been recorded yet." in " ".join(texts)
+        assert embedded(page)["charts"] == []
+    else:
+        with pytest.raises(InputError, match="run"):
+            read_run(folder)
+
+
+def test_a_run_cut_off_in_the_middle_is_shown_as_far_as_it_goes(run_folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "cut"
+    shutil.copytree(run_folder, folder)
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(text[: int(len(text) * 0.7)])
+    broken = folder / "rollouts" / "step-000007.parquet"
+    broken.write_bytes(broken.read_bytes()[:500])
+    (folder / "rollouts" / "step-000008.partial").write_bytes(b"x")
+    data = page_data(read_run(folder))
+    said = " ".join(finding["text"] for finding in data["findings"])
+    assert "The last line of metrics.jsonl is cut off" in said
+    assert "rollouts/step-000007.parquet cannot be read" in said
+    assert 30 < data["last_step"] < 60
+    assert 7 not in {group["step"] for group in data["groups"] if not group["heldout"]}
+
+
+@pytest.mark.parametrize("version, said", [(1, False), (2, True)])
+def test_a_newer_format_is_said(run_folder: Path, tmp_path: Path, version: int, said: bool) -> None:
+    config = yaml.safe_load((run_folder / "config.yaml").read_text())
+    config["run_info"]["format"] = version
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "metrics.jsonl").write_text((run_folder / "metrics.jsonl").read_text())
+    run = read_run(tmp_path)
+    assert any("has format 2" in text for text in run.missing) == said
+    assert any("no rollouts/" in text for text in run.missing)
+
+
+@pytest.mark.parametrize("line", ["[1, 2]", "null", '{"reward": 1}', '{"step": "x"}', "{", '{"step": true}'])
+def test_lines_that_are_no_records_are_left_out_and_said(tmp_path: Path, line: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "reward": -1.0}}\n{line}\n{{"step": 2, "reward": -0.5}}\n')
+    run = read_run(tmp_path)
+    assert run.steps == 2
+    assert any("metrics.jsonl" in text and "left out" in text for text in run.missing)
+
+
+@pytest.mark.parametrize("content", ["- a\n- b\n", "a: [", "", "run_info: 3\nquestions: 5\nevaluators: {}\n"])
+def test_odd_configurations_do_not_stop_the_page(run_folder: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    (tmp_path / "metrics.jsonl").write_text((run_folder / "metrics.jsonl").read_text())
+    assert page_data(read_run(tmp_path))["charts"]
+
+
+def test_compare_bands_seeds_and_tables_differences(tmp_path: Path) -> None:
+    folders = []
+    for rate in (2e-6, 1e-6):
+        for seed in range(2):
+            path = tmp_path / f"{rate}-{seed}"
+            folders.append(
+                write_run(path, steps=10, prompts=2, eval_every=5, eval_prompts=4, seed=seed, learning_rate=rate)
+            )
+    arms, differing = group_runs([read_run(folder) for folder in folders])
+    assert [arm.name for arm in arms] == ["train.learning_rate=2e-06", "train.learning_rate=1e-06"]
+    assert [len(arm.runs) for arm in arms] == [2, 2]
+    assert [key for key, _ in differing] == ["train.learning_rate"]
+    line = over_seeds(arms[0], "reward", 0)
+    assert line is not None and line.band is not None
+    one, two = (run.series("reward")[1][0] for run in arms[0].runs)
+    assert line.values[0] == pytest.approx((one + two) / 2)
+    assert line.band[1][0] - line.values[0] == pytest.approx(abs(one - two) / 2**0.5)
+    assert "held-out gold, best" in [measure.name for measure in measures(arms)]
+    write_comparison(folders, tmp_path / "c.html", tmp_path / "c.json")
+    table = embedded(tmp_path / "c.html")["tables"][0]
+    assert table["head"] == ["", arms[0].name, arms[1].name, "difference"]
+    assert "±" in table["rows"][1][1]
+    assert json.loads((tmp_path / "c.json").read_text())["measures"]["steps"][arms[0].name] == [10.0, 10.0]
+
+
+def test_compare_wants_two_runs(run_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="two or more"):
+        write_comparison([run_folder], tmp_path / "c.html")
+    write_comparison([run_folder, run_folder], tmp_path / "c.html")  # the same run twice is odd but no error
+
+
+def test_the_terminal_says_what_the_page_says(run_folder: Path) -> None:
+    run = read_run(run_folder)
+    console = Console(file=StringIO(), width=200)
+    print_overview(run_folder, console)
+    text = re.sub(r"\s+", " ", console.file.getvalue())  # type: ignore[attr-defined]
+    for finding in findings(run):
+        assert finding.text in text
+    for chart in charts(run):
+        if not chart.minor:
+            assert chart.title in text
+    once = Console(file=StringIO(), width=200)
+    watch(run_folder, every=1, once=True, console=once)
+    assert once.file.getvalue() == console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_run_cannot_drive_the_terminal(tmp_path: Path) -> None:
+    record = {
+        "step": 1,
+        "reward": -1.0,
+        "alarm": "\x1b[2Jgone [red]markup[/red] [/] \u202e",
+        "judge/\x1b]0;x\x07/q/mass": 0.1,
+    }
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    console = Console(file=StringIO(), width=200, force_terminal=False)
+    print_overview(tmp_path, console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "\x1b" not in text and "\x07" not in text
+    assert "[red]markup[/red]" in text
+    assert plain("a\x1bb\n") == "a\N{REPLACEMENT CHARACTER}b\N{REPLACEMENT CHARACTER}"
+
+
+def test_small_formats() -> None:
+    assert [duration(s) for s in (4.2, 200, 3900)] == ["4.2 s", "3 min 20 s", "1 h 05 min"]
+    from rlme.report.content import Series
+
+    assert sparkline(Series("x", [1, 2, 3, 4], [0, 1, 2, 3]), 4) == "▁▃▆█"
+    assert sparkline(Series("x", [5], [1.0]), 3) == "▁▁▁"
+
+
+def test_samples_read_what_training_writes(run_folder: Path) -> None:
+    path = next(iter(read_run(run_folder).rollout_files().values()))
+    assert pq.read_schema(path).names[:3] == ["step", "prompt_index", "sample"]
