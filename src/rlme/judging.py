@@ -92,6 +92,11 @@ def plan_questions(evaluator: Evaluator, questions: Sequence[Question], judging:
     plans = []
     for question in questions:
         template = find_template(question.template or judging.template, chat=evaluator.chat)
+        if template.kind != "text" and not evaluator.chat:
+            raise InputError(
+                f"question {question.name!r}: its template is for chat, but evaluator {evaluator.name!r} is asked by "
+                "text: use a template of kind text (paper, reply), or style: chat"
+            )
         name = question.readout or judging.readout
         reason = name == "reason"
         if reason:

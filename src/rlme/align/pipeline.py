@@ -15,10 +15,12 @@ from __future__ import annotations
 import gc
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
+import torch
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -339,6 +341,7 @@ class Alignment:
             top_p=self.config.sample.top_p if temperature > 0 else 1.0,
             eos_token_ids=sorted(ends),
             seed=seed,
+            dtype=torch.bfloat16 if torch.cuda.is_available() else None,
         )
         return [
             (
@@ -355,8 +358,8 @@ class Alignment:
 
         def policy(kind: str) -> Evaluator:
             path = live if kind == "live" else first
-            budget = self.config.token_budget
-            return LocalEvaluator(self._model(path), self.tokenizer, name=kind, token_budget=budget)
+            model, budget = self._model(path), self.config.token_budget
+            return LocalEvaluator(lambda: _reading(model), self.tokenizer, name=kind, token_budget=budget)
 
         if all(c.model not in ("live", "frozen") for c in configs):
             if which not in self._others:  # the same in every round
@@ -400,6 +403,13 @@ class Alignment:
 
     def _bar(self, title: str, total: int, start: int) -> _Bar:
         return _Bar(self.console, title, total, start)
+
+
+@contextmanager
+def _reading(model: Any) -> Iterator[Any]:
+    """Weights stay as training needs them (float32); on a GPU, judging computes in bfloat16."""
+    with torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available()):
+        yield model
 
 
 class _Bar:

@@ -16,10 +16,12 @@ from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback
 
 from rlme.config import Config
-from rlme.errors import InputError, RunStopped
-from rlme.judging import check_templates
-from rlme.models import has_chat_template, load_model, load_tokenizer
+from rlme.errors import RunStopped
+from rlme.evaluators.local import LocalEvaluator
+from rlme.judging import check_templates, plan_questions
+from rlme.models import load_model, load_tokenizer
 from rlme.training.build import (
+    STYLES,
     adopt,
     load_prompts,
     make_evaluator,
@@ -55,18 +57,20 @@ def train(config: Config, console: Console, *, resume: RunFolder | None = None) 
     judged = bool(config.questions)
     if judged:
         check_templates(make_questions(config), make_judging(config), list(prompts.prompts[0].columns))
-    for spec in config.evaluators if judged else ():
-        if spec.style == "chat" and spec.model in ("live", "frozen") and not has_chat_template(tokenizer):
-            raise InputError(
-                f"evaluator {spec.label!r} has style: chat, but the tokenizer of {config.model.path} has no chat "
-                "template; use style: completion"
-            )
     folder = resume or RunFolder(config.folder)
     arguments = trl_arguments(config, folder, processes=int(os.environ.get("WORLD_SIZE", "1")))
     model = load_model(config.model.path, dtype=config.model.dtype, **loading)
     specs = config.evaluators if judged else []
     deferred = {"live"} | ({"frozen"} if config.lora else set())
     evaluators = [str(s.model) if s.model in deferred else make_evaluator(s, config) for s in specs]
+    for spec, evaluator in zip(specs, evaluators, strict=True):
+        # what cannot be asked is said now, before anything is written
+        asked = (
+            LocalEvaluator(model, tokenizer, name=spec.label, chat=STYLES[spec.style])
+            if isinstance(evaluator, str)
+            else evaluator
+        )
+        plan_questions(asked, make_questions(config), make_judging(config))
     reward = make_reward(config, evaluators)
     if resume is None and main:
         folder = RunFolder.create(config.folder)
