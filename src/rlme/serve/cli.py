@@ -1,0 +1,111 @@
+"""`rlme serve` and `rlme cache`."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rlme.evaluators.cache import JudgeCache
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the file: section.key=value. Repeatable."),
+]
+CacheFile = Annotated[Path, typer.Argument(help="The cache file.")]
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+cache = typer.Typer(name="cache", help="Look at the judge cache, or empty it.", no_args_is_help=True)
+
+
+def serve(
+    config: Annotated[Path, typer.Argument(help="Configuration with questions and evaluators (a run's will do).")],
+    overrides: Overrides = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8765,
+    token_env: Annotated[
+        str, typer.Option(help="Environment variable with the bearer token; required beyond this machine.")
+    ] = "RLME_SERVE_TOKEN",
+    max_body_mb: Annotated[int, typer.Option(min=1, help="Largest request body, in MiB.")] = 16,
+    max_batch: Annotated[int, typer.Option(min=1, help="Completions judged together at most.")] = 256,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Completions waiting at most; more are refused.")] = 4096,
+    grace: Annotated[int, typer.Option(min=0, help="Seconds to finish running requests when stopped.")] = 60,
+) -> None:
+    """Serve a reward over HTTP: prompts and completions in, rewards and every judgement out (page: /docs)."""
+    from rlme.config_file import apply_overrides, read_yaml, validate
+    from rlme.errors import InputError
+
+    token = os.environ.get(token_env) or None
+    if token is None and host not in LOOPBACK:
+        raise InputError(
+            f"--host {host} can be reached from other machines, which needs a bearer token: put one into the "
+            f"environment variable {token_env}"
+        )
+    try:
+        import uvicorn
+
+        from rlme.serve.app import create_app
+    except ImportError as error:
+        raise InputError(f"rlme serve needs {error.name}: pip install 'rlme[serve]'") from None
+    from rlme.serve.batcher import scorer
+    from rlme.serve.config import ServeConfig, check_labels, make_evaluators, make_reward
+
+    content = apply_overrides(read_yaml(config), overrides or [])
+    checked = validate(ServeConfig, content, str(config))
+    evaluators = make_evaluators(checked)
+    check_labels(checked, evaluators)
+    for evaluator in evaluators:
+        typer.echo(f"evaluator {getattr(evaluator, 'summary', evaluator.name)}")
+    # A model in this process answers one batch at a time; endpoints wait for the network, so several batches overlap.
+    workers = 4 if all(spec.endpoint for spec in checked.evaluators) else 1
+    app = create_app(
+        [scorer(make_reward(checked, evaluators)) for _ in range(workers)],
+        token=token,
+        description="Questions: " + "; ".join(q.ask for q in checked.questions.values()),
+        max_body=max_body_mb << 20,
+        max_batch=max_batch,
+        max_waiting=max_waiting,
+    )
+    typer.echo(f"reward server on http://{host}:{port} (documentation: /docs; Ctrl-C ends it)")
+    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=grace)
+
+
+@cache.command("stats")
+def cache_stats(
+    path: CacheFile,
+    table: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the table as JSON.")] = None,
+) -> None:
+    """How many answers the cache holds, of which evaluators, and its size."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    stats = _open(path).stats()
+    shown = Table(title=f"{stats.answers} answers, {stats.bytes / 1e6:.1f} MB", title_justify="left")
+    shown.add_column("evaluator")
+    shown.add_column("answers", justify="right")
+    for name, n in sorted(stats.by_evaluator.items()):
+        shown.add_row(Text(name), str(n))
+    Console().print(shown)
+    if table is not None:
+        content = {"answers": stats.answers, "bytes": stats.bytes, "by_evaluator": stats.by_evaluator}
+        table.write_text(json.dumps(content, indent=1) + "\n")
+
+
+@cache.command("clear")
+def cache_clear(path: CacheFile) -> None:
+    """Forget every answer."""
+    typer.echo(f"{_open(path).clear()} answers forgotten")
+
+
+def _open(path: Path) -> JudgeCache:
+    from rlme.errors import InputError
+    from rlme.evaluators.cache import JudgeCache
+
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; the judge cache is a SQLite file written by earlier runs")
+    return JudgeCache(path)
