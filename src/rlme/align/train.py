@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from rich.progress import Progress
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -130,6 +130,9 @@ def _lora(config: AlignConfig) -> Any:
         target_modules=config.lora.target_modules,
         task_type="CAUSAL_LM",
     )
+
+
+disable_progress_bars()  # a bar for each of TRL's small steps would bury ours
 
 
 def _train(trainer: Any, tokenizer: Any, folder: Path, title: str) -> dict[str, float]:
