@@ -12,7 +12,7 @@ PROBLEMS = (
     "How many rolls are left in the shop?",
     "Tom's train leaves at 9:20 and takes 2 hours and 45 minutes. He then waits 25 minutes for a bus that needs twice "
     "as long as he waited. On the way back everything takes 10 minutes more. How many minutes does he travel in all?",
-    "In a garden there are 6 rows of tomato plants with 9 plants each. Every plant bears 5 tomatoes a week for 4 weeks. "
+    "In a garden there are 6 rows of tomato plants with 9 plants each. Each plant bears 5 tomatoes a week for 4 weeks. "
     "A third of the tomatoes is made into sauce, and one jar of sauce takes 12 tomatoes. How many jars can be filled?",
     "A library lends 240 books on Monday, 15 percent fewer on Tuesday, and as many on Wednesday as on the two days "
     "before together. On Thursday 97 of the books come back. How many books are out on Thursday evening?",

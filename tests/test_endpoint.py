@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-import fake_endpoint as fake
 from rlme.errors import InputError, RunStopped
 from rlme.evaluators import endpoint_tokens
 from rlme.evaluators.base import Evaluator
 from rlme.evaluators.endpoint import EndpointEvaluator
 from rlme.evaluators.endpoint_config import EndpointConfig, Prices
 from rlme.judgement import Failure, Message, Request
+from tests import fake_endpoint as fake
 
 LABELS = ("YES", "Yes", " yes", "NO", "No", " no")
 

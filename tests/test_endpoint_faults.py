@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-import fake_endpoint as fake
 from rlme.errors import RunStopped
 from rlme.evaluators import endpoint_client
 from rlme.evaluators.endpoint import EndpointEvaluator
 from rlme.evaluators.endpoint_config import EndpointConfig
 from rlme.judgement import Answer, Failure, Request
+from tests import fake_endpoint as fake
 
 LABELS = ("YES", "NO", " yes", " no")
 

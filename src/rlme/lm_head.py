@@ -45,10 +45,10 @@ class _BlockedLogProbs(torch.autograd.Function):
         logps = hidden.new_empty(len(hidden), dtype=torch.float32)
         normaliser, entropy = torch.empty_like(logps), torch.zeros_like(logps)
         cast = weight.to(ctx.dtype)
-        for rows in torch.arange(len(hidden)).split(ROW_CHUNK):
-            tile = _tile(hidden[rows[0] : rows[-1] + 1].to(ctx.dtype), cast, bias)
+        for first in range(0, len(hidden), ROW_CHUNK):
+            tile = _tile(hidden[first : first + ROW_CHUNK].to(ctx.dtype), cast, bias)
             for start in range(0, len(tile), BLOCK):
-                block = slice(int(rows[0]) + start, int(rows[0]) + min(start + BLOCK, len(tile)))
+                block = slice(first + start, first + min(start + BLOCK, len(tile)))
                 z, _ = _scaled(tile[start : start + BLOCK].float(), *ctx.numbers)
                 picked = z.gather(1, targets[block, None])[:, 0]
                 logp = z.log_softmax(-1)
@@ -67,9 +67,8 @@ class _BlockedLogProbs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight) if needs_weight else None
         grad_bias = torch.zeros_like(bias) if needs_bias else None
         cast = weight.to(ctx.dtype)
-        for rows in torch.arange(len(hidden)).split(ROW_CHUNK):
-            first, last = int(rows[0]), int(rows[-1]) + 1
-            chunk = hidden[first:last].to(ctx.dtype)
+        for first in range(0, len(hidden), ROW_CHUNK):
+            chunk = hidden[first : first + ROW_CHUNK].to(ctx.dtype)
             tile = _tile(chunk, cast, bias)
             for start in range(0, len(tile), BLOCK):
                 block = slice(first + start, first + min(start + BLOCK, len(tile)))
@@ -83,7 +82,7 @@ class _BlockedLogProbs(torch.autograd.Function):
                 grad.scatter_add_(1, targets[block, None], grad_logps[block, None])
                 tile[start : start + BLOCK] = grad.mul_(slope)
             if grad_hidden is not None:
-                grad_hidden[first:last] = tile @ cast
+                grad_hidden[first : first + ROW_CHUNK] = tile @ cast
             if grad_weight is not None:
                 grad_weight += tile.t() @ chunk
             if grad_bias is not None:

@@ -226,7 +226,7 @@ class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         held = self.get_seq_length()
         stop = held + key_states.shape[2]
         if self.room is None or self.room[0].shape[2] < stop:
-            before = self.keys, self.values
+            before: tuple[Tensor | None, Tensor | None] = (self.keys, self.values)  # type: ignore[has-type]
             shape = (*key_states.shape[:2], stop + GROWTH, key_states.shape[3])
             self.room = (
                 key_states.new_empty(shape),

@@ -1,0 +1,339 @@
+"""Whole runs on tiny models: every kind of evaluator and reward, what is written, and that it loads."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from rlme import InputError
+from rlme.cli import main
+from rlme.commands import find_config, read_config
+from tests.tiny_runs import PROMPTS, read_metrics, read_rollouts, write_config, write_jsonl
+
+
+def train(*arguments: str) -> None:
+    """The command, which returns when all is well."""
+    with pytest.raises(SystemExit) as ended:
+        main(["train", *arguments])
+    assert ended.value.code == 0
+
+
+def weighted(row: dict[str, Any]) -> float:
+    return sum(j["weight"] * j["score"] for j in row["judgements"])
+
+
+EVALUATORS: dict[str, Any] = {
+    "live": ["live"],
+    "frozen": ["frozen"],
+    "another": "OTHER",
+    "ensemble": [
+        {"model": "live", "weight": 0.5},
+        {"model": "frozen", "weight": 0.3},
+        {"model": "OTHER", "weight": 0.2, "name": "other"},
+    ],
+    "held out": ["live", {"model": "OTHER", "weight": 0, "name": "other"}],
+}
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", EVALUATORS)
+def test_every_evaluator(kind: str, lora: bool, tiny_policy_dir: Path, tiny_base_dir: Path, tmp_path: Path) -> None:
+    evaluators = json.loads(json.dumps(EVALUATORS[kind]).replace("OTHER", str(tiny_base_dir)))
+    config = write_config(tmp_path, tiny_policy_dir, evaluators=evaluators, **({"lora": {"r": 2}} if lora else {}))
+    train(str(config))
+    rows = read_rollouts(tmp_path / "run")
+    assert len(rows) == 2 * 2 * 3
+    n = len(evaluators) if isinstance(evaluators, list) else 1
+    for row in rows:
+        assert len(row["judgements"]) == 2 * n
+        assert row["reward"] == pytest.approx(weighted(row))
+        assert row["correct"] is not None and row["gold"] is not None
+    metrics = read_metrics(tmp_path / "run")
+    assert [m["step"] for m in metrics] == [1, 2]
+    for line in metrics:
+        step = [r for r in rows if r["step"] == line["step"]]
+        assert line["reward"] == pytest.approx(sum(r["reward"] for r in step) / len(step), abs=1e-5)
+        assert line["gold/accuracy"] == pytest.approx(sum(r["correct"] for r in step) / len(step))
+        for j in step[0]["judgements"]:
+            key = f"judge/{j['evaluator']}/{j['question']}"
+            values = [
+                k["mass"]
+                for r in step
+                for k in r["judgements"]
+                if (k["evaluator"], k["question"]) == (j["evaluator"], j["question"])
+            ]
+            assert line[f"{key}/mass"] == pytest.approx(sum(values) / len(values))
+        assert {"time/sample", "time/judge", "time/update", "tokens_per_second/sample", "memory/peak_mb"} <= set(line)
+    assert "time/load" in metrics[0]
+    if kind == "held out":
+        assert {j["weight"] for r in rows for j in r["judgements"] if j["evaluator"] == "other"} == {0}
+
+
+def test_frozen_does_not_move_and_live_does(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    """The same question to both: equal at step 1, different once the policy has moved."""
+    config = write_config(
+        tmp_path, tiny_policy_dir, evaluators=["live", "frozen"], train={"steps": 3, "learning_rate": 0.05}
+    )
+    train(str(config))
+    first, *_, last = read_metrics(tmp_path / "run")
+    assert first["judge/live/correct/score"] == pytest.approx(first["judge/frozen/correct/score"], abs=1e-5)
+    assert abs(last["judge/live/correct/score"] - last["judge/frozen/correct/score"]) > 1e-3
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_what_is_saved_loads_and_is_safetensors(lora: bool, tiny_policy_dir: Path, tmp_path: Path) -> None:
+    config = write_config(
+        tmp_path, tiny_policy_dir, train={"learning_rate": 0.05}, **({"lora": {"r": 2}} if lora else {})
+    )
+    train(str(config))
+    final = tmp_path / "run" / "final"
+    assert list(final.glob("*.safetensors")) and not list(final.glob("*.bin"))
+    trained = AutoModelForCausalLM.from_pretrained(final)
+    start = AutoModelForCausalLM.from_pretrained(tiny_policy_dir)
+    ids = torch.tensor([[5, 6, 7]])
+    assert (trained(ids).logits - start(ids).logits).abs().max() > 1e-4
+    if lora:
+        assert (tmp_path / "run" / "final-adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("mode", ["rlvr", "rlvr+rlme normalized", "rlvr+rlme sum"])
+def test_reward_modes(mode: str, tiny_policy_dir: Path, tmp_path: Path) -> None:
+    name, _, combine = mode.partition(" ")
+    reward = {"mode": name, "rlvr_weight": 2.0, "rlme_weight": 0.5} | ({"combine": combine} if combine else {})
+    # an answer that some completions hit by chance: any digit
+    rows = [{"question": f"Say {i}", "answer": "#### 1"} for i in range(4)]
+    config = write_config(
+        tmp_path,
+        tiny_policy_dir,
+        reward=reward,
+        data={"completion_format": r"regex:(\S)", "answer_format": "####"},
+        train={"steps": 1, "prompts_per_step": 4, "group_size": 4},
+    )
+    write_jsonl(tmp_path / "prompts.jsonl", rows)
+    train(str(config))
+    rollouts = read_rollouts(tmp_path / "run")
+    gold = [float(r["correct"]) for r in rollouts]
+    judged = [weighted(r) for r in rollouts]
+
+    def normal(values: list[float]) -> list[float]:
+        mean = sum(values) / len(values)
+        std = math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))
+        return [(v - mean) / std if std else 0.0 for v in values]
+
+    if name == "rlvr":
+        expected = gold
+    elif combine == "sum":
+        expected = [2 * g + 0.5 * j for g, j in zip(gold, judged, strict=True)]
+    else:
+        expected = [2 * g + 0.5 * j for g, j in zip(normal(gold), normal(judged), strict=True)]
+    assert [r["reward"] for r in rollouts] == pytest.approx(expected, abs=1e-6)
+
+
+def test_anchor_marks_a_fixed_fraction_of_the_prompts(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    def anchored(name: str, seed: int) -> set[int]:
+        folder = tmp_path / name
+        folder.mkdir()
+        config = write_config(
+            folder, tiny_policy_dir, reward={"anchor": 0.5}, train={"steps": 4, "prompts_per_step": 3, "seed": seed}
+        )
+        train(str(config))
+        rows = read_rollouts(folder / "run")
+        by_prompt: dict[int, set[bool]] = {}
+        for row in rows:
+            by_prompt.setdefault(row["prompt_index"], set()).add(row["anchored"])
+        assert len(by_prompt) == len(PROMPTS) and all(len(v) == 1 for v in by_prompt.values())
+        return {index for index, (value,) in ((i, tuple(v)) for i, v in by_prompt.items()) if value}
+
+    first = anchored("a", 0)
+    assert len(first) == len(PROMPTS) // 2
+    assert any(anchored(f"b{seed}", seed) != first for seed in (1, 2, 3))
+
+
+def test_held_out_prompts_are_measured_and_never_trained_on(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    held = write_jsonl(tmp_path / "held.jsonl", [{"question": f"Held out {i}?", "answer": "#### 1"} for i in range(5)])
+    config = write_config(tmp_path, tiny_policy_dir, data={"eval": str(held)}, train={"steps": 3, "eval_every": 2})
+    train(str(config))
+    metrics = read_metrics(tmp_path / "run")
+    assert [m["step"] for m in metrics if "eval/gold/accuracy" in m] == [0, 2, 3]
+    assert all("Held out" in r["prompt"] for r in read_rollouts(tmp_path / "run", "eval"))
+    assert not any("Held out" in r["prompt"] for r in read_rollouts(tmp_path / "run"))
+
+
+def test_measuring_changes_nothing(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    held = write_jsonl(tmp_path / "held.jsonl", [{"question": "Held out?", "answer": "#### 1"}])
+    results = []
+    for name, data in (("with", {"eval": str(held)}), ("without", {})):
+        folder = tmp_path / name
+        folder.mkdir()
+        train(str(write_config(folder, tiny_policy_dir, data=data, train={"steps": 3, "eval_every": 1})))
+        results.append([(r["completion"], r["reward"]) for r in read_rollouts(folder / "run")])
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("loss", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo"])
+def test_packs_do_not_change_the_update(loss: str, tiny_policy_dir: Path, tmp_path: Path) -> None:
+    """The same run with one pass and with many: equal weights up to rounding, for every way TRL normalises a loss."""
+    weights = []
+    for budget in (8192, 64):
+        folder = tmp_path / str(budget)
+        folder.mkdir()
+        config = write_config(
+            folder, tiny_policy_dir, train={"loss": loss, "token_budget": budget, "steps": 2, "learning_rate": 1e-2}
+        )
+        train(str(config), "--set", "trl.adam_epsilon=1e-3")
+        weights.append(AutoModelForCausalLM.from_pretrained(folder / "run" / "final").state_dict())
+    for name, tensor in weights[0].items():
+        assert torch.allclose(tensor, weights[1][name], atol=2e-5), name
+
+
+def test_too_many_failed_judgements_stop_the_run_with_its_state(
+    tiny_policy_dir: Path, tmp_path: Path, capsys: Any
+) -> None:
+    config = write_config(tmp_path, tiny_policy_dir, judging={"max_context_tokens": 16})
+    with pytest.raises(SystemExit) as ended:
+        main(["train", str(config)])
+    assert ended.value.code == 3
+    said = capsys.readouterr().err
+    assert "context_too_long" in said and "--resume" in said
+
+
+def test_a_missing_reward_leaves_the_group_mean_and_the_loss(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    """Long completions cannot be judged; they have no reward, no advantage, and the mean is that of the others."""
+    limit = 68
+    config = write_config(
+        tmp_path,
+        tiny_policy_dir,
+        questions={"q": "Is it?"},
+        judging={"max_context_tokens": limit},
+        reward={"max_failure_rate": 1.0},
+        train={"steps": 3, "max_completion_tokens": 24, "group_size": 4},
+    )
+    train(str(config))
+    rows = read_rollouts(tmp_path / "run")
+    missing = [r for r in rows if r["reward"] is None]
+    assert missing and len(missing) < len(rows), "the limit does not separate"
+    assert all(r["advantage"] is None and r["judgements"][0]["failure"] == "context_too_long" for r in missing)
+    groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["step"], row["prompt_index"]), []).append(row)
+    for group in groups.values():
+        there = [r for r in group if r["reward"] is not None]
+        for r in there:
+            assert r["advantage"] == pytest.approx(r["reward"] - sum(x["reward"] for x in there) / len(there), abs=1e-5)
+    for line in read_metrics(tmp_path / "run"):
+        step = [r for r in rows if r["step"] == line["step"]]
+        assert line.get("reward_missing") == pytest.approx(sum(r["reward"] is None for r in step) / len(step))
+
+
+def test_more_prompts_a_step_than_there_are(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    train(str(write_config(tmp_path, tiny_policy_dir, train={"prompts_per_step": 8, "steps": 1})))
+    assert len(read_rollouts(tmp_path / "run")) == 24
+
+
+def test_zero_steps_only_measure(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    held = write_jsonl(tmp_path / "held.jsonl", [{"question": "Held out?", "answer": "#### 1"}])
+    train(str(write_config(tmp_path, tiny_policy_dir, data={"eval": str(held)}, train={"steps": 0})))
+    assert [m["step"] for m in read_metrics(tmp_path / "run")] == [0]
+
+
+def test_the_resolved_configuration_runs_again(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    train(str(write_config(tmp_path, tiny_policy_dir)))
+    content = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    info = content.pop("run_info")
+    assert info["format"] == 1 and info["versions"]["torch"] == torch.__version__
+    content["output"] = str(tmp_path / "again")
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    train(str(tmp_path / "again.yaml"))
+    assert read_rollouts(tmp_path / "again") == read_rollouts(tmp_path / "run")
+
+
+def test_the_papers_recipe_runs_with_a_small_model(tiny_base_dir: Path, tmp_path: Path) -> None:
+    recipe = yaml.safe_load(find_config("paper-gsm8k").read_text())
+    data = write_jsonl(tmp_path / "gsm.jsonl", PROMPTS)
+    recipe["model"]["path"] = str(tiny_base_dir)
+    recipe["data"] |= {"train": str(data), "eval": str(data), "name": None}
+    recipe["train"] |= {"steps": 2, "max_completion_tokens": 8, "precision": "float32"}
+    # these three need a GPU: vLLM, and the paged optimiser of bitsandbytes
+    recipe["trl"] = {k: v for k, v in recipe["trl"].items() if k != "optim" and not k.startswith(("use_vllm", "vllm"))}
+    recipe["output"] = str(tmp_path / "run")
+    (tmp_path / "paper.yaml").write_text(yaml.safe_dump(recipe))
+    train(str(tmp_path / "paper.yaml"))
+    rows = read_rollouts(tmp_path / "run")
+    assert len(rows) == 2 * 96
+    assert rows[0]["prompt"].startswith("---------Problem---------")
+
+
+@pytest.mark.parametrize("recipe", ["quickstart", "tone"])
+def test_recipes_run_with_a_small_model(recipe: str, tiny_policy_dir: Path, tmp_path: Path) -> None:
+    overrides = [f"model={tiny_policy_dir}", "train.steps=1", "train.max_completion_tokens=4", "train.eval_every=1"]
+    if recipe == "tone":
+        overrides.append(f"evaluators.1.model={tiny_policy_dir}")
+    arguments = [a for o in overrides for a in ("--set", o)]
+    if recipe == "quickstart":
+        with pytest.raises(SystemExit) as ended:
+            main(["quickstart", "-o", str(tmp_path / "run"), *arguments, "--json", str(tmp_path / "table.json")])
+        assert ended.value.code == 0
+        what = [row["what"] for row in json.loads((tmp_path / "table.json").read_text())["rows"]]
+        assert any("list" in w for w in what)
+    else:
+        train(recipe, "-o", str(tmp_path / "run"), *arguments)
+    assert len(read_rollouts(tmp_path / "run")) == 48
+
+
+def test_every_shipped_training_recipe_parses() -> None:
+    from rlme.commands import recipe_files
+
+    for name in recipe_files():
+        if not name.startswith(("align", "paper-refeval")):
+            assert read_config(name).train.steps > 0
+
+
+def test_metareward_in_a_trainer_of_ones_own(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    """The reward alone, in plain TRL: live and frozen find the trainer's model by themselves."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    from rlme import Judging, MetaReward, load_model, load_tokenizer
+
+    reward = MetaReward(
+        questions=["Is the answer correct?", "Is it about {{ topic }}?"],
+        evaluators=["live", "frozen", str(tiny_policy_dir)],
+        judging=Judging("reply", "yes_no"),
+        answer="answer",
+    )
+    logs: list[dict[str, Any]] = []
+
+    class Trainer(GRPOTrainer):
+        def log(self, values: dict[str, float], start_time: float | None = None) -> None:
+            super().log(values, start_time)
+            logs.append(values)
+
+    trainer = Trainer(
+        load_model(str(tiny_policy_dir)),
+        reward_funcs=reward,
+        args=GRPOConfig(
+            output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=4, num_generations=2,
+            max_completion_length=5, bf16=False, report_to="none", logging_steps=1, save_strategy="no",
+        ),
+        train_dataset=Dataset.from_list([{"prompt": p["question"], "answer": "3", "topic": "sums"} for p in PROMPTS]),
+        processing_class=load_tokenizer(str(tiny_policy_dir)),
+    )  # fmt: skip
+    trainer.train()
+    assert len(reward.rows) == 4 and all(r["reward"] is not None for r in reward.rows)
+    assert {"judge/live/Is the answer correct?/mass", "gold/accuracy", "reward"} <= set(logs[0])
+    scores = {j["evaluator"]: j["score"] for j in reward.rows[0]["judgements"] if "correct" in j["question"]}
+    assert scores["live"] == pytest.approx(scores["frozen"], abs=1e-5)
+
+
+def test_live_needs_a_trainer() -> None:
+    from rlme import MetaReward
+
+    with pytest.raises(InputError, match="live"):
+        MetaReward(["Is it?"])(["prompt"], ["completion"])
