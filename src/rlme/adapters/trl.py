@@ -1,0 +1,67 @@
+"""TRL: a reward function that asks the reward server (in this process, use `rlme.MetaReward` itself).
+
+GRPOTrainer(model, reward_funcs=RemoteReward("http://judge:8765"), ...)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rlme.adapters.client import RewardClient
+
+
+class RemoteReward:
+    """TRL's contract: prompts, completions and columns in, one reward per completion out; None where it is missing,
+    which TRL leaves out of the group's mean.
+
+    `answer`: the column with the known answer, if the server is to see it. `columns`: those that its templates use.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        answer: str | None = None,
+        columns: Sequence[str] = (),
+        client: RewardClient | None = None,
+    ) -> None:
+        self.__name__ = "rlme"
+        self.client = client or RewardClient(url)
+        self.answer = answer
+        self.columns = tuple(columns)
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        log_metric: Callable[[str, float], None] | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        """Rewards of a batch."""
+        items = []
+        for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            text = completion if isinstance(completion, str) else str(completion[-1].get("content") or "")
+            item: dict[str, Any] = {
+                "prompt": prompt if isinstance(prompt, str) else list(prompt),
+                "completion": text,
+                "columns": {name: columns[name][i] for name in self.columns},
+            }
+            if self.answer is not None:
+                item["answer"] = str(columns[self.answer][i])
+            items.append(item)
+        results = self.client.score(items)
+        if log_metric is not None:
+            for name, value in _means(results).items():
+                log_metric(name, value)
+        return [result["reward"] for result in results]
+
+
+def _means(results: Sequence[dict[str, Any]]) -> dict[str, float]:
+    values: dict[str, list[float]] = {"reward_missing": [float(r["reward"] is None) for r in results]}
+    for result in results:
+        for j in result["judgements"]:
+            if j["probability"] is not None:
+                name = f"judge/{j['evaluator']}/{j['question']}/probability"
+                values.setdefault(name, []).append(j["probability"])
+    return {name: sum(some) / len(some) for name, some in values.items() if some}

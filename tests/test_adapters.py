@@ -1,0 +1,205 @@
+"""Our rewards inside other trainers. Each adapter is called as its trainer calls it.
+
+The calls are recorded from OpenRLHF 0.11.2, verl 0.9.1, verifiers 0.4.0 and TRL 1.16. Where one of the first three is
+installed, its own code makes the call as well (`test_real_...`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+pytest.importorskip("prometheus_client")
+
+from rlme.adapters import client, openrlhf, verifiers, verl
+from rlme.adapters.client import MissingReward, RewardClient, RewardServerError
+from rlme.adapters.trl import RemoteReward
+from tests.test_serve import Judge, Server, reward_of, serving
+
+QUERY = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\nBecause.<|im_end|>"
+PROMPT = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with serving(Judge(), token="s3cret") as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def _address(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLME_SERVE_URL", f"http://127.0.0.1:{server.port}")
+    monkeypatch.setenv("RLME_SERVE_TOKEN", "s3cret")
+    monkeypatch.setattr(openrlhf, "_client", None)
+    monkeypatch.setattr(verifiers, "_client", None)
+    verl._clients.clear()
+
+
+def expected(completion: str, prompt: str = "Why?") -> float:
+    (reward,) = reward_of(Judge()).score([prompt], [completion])
+    assert reward is not None
+    return reward
+
+
+def test_client_batches_retries_and_names_errors(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "MAX_ITEMS", 7)
+    texts = [f"{i}" for i in range(20)]
+    results = RewardClient().score([{"prompt": "Why?", "completion": t} for t in texts])
+    assert [r["reward"] for r in results] == [expected(t) for t in texts]
+    assert RewardClient().score([]) == []
+    with pytest.raises(RewardServerError, match="HTTP 401"):
+        RewardClient(token="wrong").score([{"prompt": "", "completion": ""}])
+    with pytest.raises(RewardServerError, match=r"HTTP 422.*completion"):
+        RewardClient().score([{"prompt": ""}])
+    with pytest.raises(RewardServerError, match="refused"):
+        RewardClient("http://127.0.0.1:9", patience=0.1).score([{"prompt": "", "completion": ""}])
+    with pytest.raises(RewardServerError, match="expected http"):
+        RewardClient("judge:8765")
+    with pytest.raises(RewardServerError, match=r"HTTP 503.*endpoint is gone"):
+        RewardClient(patience=0.5).score([{"prompt": "", "completion": "stop"}])
+    with pytest.raises(MissingReward, match="hash/right: timeout too late"):
+        RewardClient().reward({"prompt": "", "completion": "fail"})
+
+
+def test_trl() -> None:
+    metrics: dict[str, float] = {}
+    chat = [{"role": "user", "content": "Why?"}]
+    rewards = RemoteReward()(
+        prompts=["Why?", chat, "Why?"],
+        completions=["a", [{"role": "assistant", "content": "b"}], "fail"],
+        completion_ids=[[1], [2], [3]],
+        trainer_state=None,
+        log_metric=metrics.__setitem__,
+        log_extra=lambda name, values: None,
+        level=["easy"] * 3,
+    )
+    assert rewards == [expected("a"), expected("b"), None]
+    assert metrics["reward_missing"] == pytest.approx(1 / 3)
+    assert 0 < metrics["judge/hash/right/probability"] < 1
+
+
+def test_trl_trains_on_it(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    arguments = GRPOConfig(
+        output_dir=str(tmp_path), max_steps=1, num_generations=2, per_device_train_batch_size=2,
+        max_completion_length=4, report_to=[], use_cpu=True, bf16=False, logging_steps=1, save_strategy="no",
+    )  # fmt: skip
+    data = Dataset.from_list([{"prompt": "Why?"}] * 2)
+    trainer = GRPOTrainer(str(tiny_policy_dir), reward_funcs=RemoteReward(), args=arguments, train_dataset=data)
+    trainer.train()
+    assert any("rewards/rlme/mean" in row for row in trainer.state.log_history)
+
+
+def test_openrlhf_over_http(server: Server) -> None:
+    body = {"query": [QUERY, PROMPT + "No.</s>"], "prompts": [PROMPT, PROMPT], "labels": ["4", None]}
+    status, reply, _ = server.call("POST", "/openrlhf", body, Authorization="Bearer s3cret")
+    assert status == 200
+    assert reply["rewards"] == reply["scores"] == [expected("Because.", PROMPT), expected("No.", PROMPT)]
+    assert set(reply["extra_logs"]) == {"hash/right", "hash/short"}
+    assert all(len(values) == 2 for values in reply["extra_logs"].values())
+    for bad in ({"query": [PROMPT + "fail"], "prompts": [PROMPT]}, {"query": ["x"], "prompts": [PROMPT]}):
+        status, reply, _ = server.call("POST", "/openrlhf", bad, Authorization="Bearer s3cret")
+        assert status in (503, 422) and "rewards" not in reply
+
+
+def test_openrlhf_reward_file() -> None:
+    reply = openrlhf.reward_func([QUERY], [PROMPT], ["4"])
+    assert reply["rewards"] == reply["scores"] == [expected("Because.", PROMPT)]
+
+
+def verl_call(**sample: Any) -> Any:
+    """As verl's `get_custom_reward_fn` and `NaiveRewardManager.run_single` do it."""
+
+    async def with_kwargs(raw: Any, extra: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return await raw(*args, **{**kwargs, **extra})
+
+    assert inspect.iscoroutinefunction(verl.compute_score)
+    score = functools.partial(with_kwargs, verl.compute_score, {"prompt_key": "question"})
+    extra = {"num_turns": 1, "rollout_reward_scores": {}, **sample.pop("extra_info")}
+    return asyncio.run(score(data_source="gsm8k", ground_truth="4", extra_info=extra, **sample))
+
+
+def test_verl() -> None:
+    result = verl_call(solution_str="Because.", extra_info={"question": "Why?"})
+    assert result["score"] == expected("Because.") and 0 < result["hash/right"] < 1
+    assert all(isinstance(v, float) and math.isfinite(v) for v in result.values())
+    with pytest.raises(MissingReward):
+        verl_call(solution_str="fail", extra_info={"question": "Why?"})
+    with pytest.raises(KeyError, match="prompt_key"):
+        verl_call(solution_str="Because.", extra_info={})
+
+
+def test_verifiers() -> None:
+    task = SimpleNamespace(prompt_text="Why?", answer="4")
+    metrics: dict[str, float] = {}
+    trace = SimpleNamespace(last_reply="Because.", record_metric=metrics.__setitem__)
+    assert asyncio.run(verifiers.rlme_reward(task=task, trace=trace)) == expected("Because.")
+    assert set(metrics) == {"rlme/hash/right", "rlme/hash/short"}
+    trace.last_reply = "fail"
+    with pytest.raises(MissingReward):
+        asyncio.run(verifiers.rlme_reward(task=task, trace=trace))
+
+
+def test_adapters_need_the_standard_library_only() -> None:
+    code = (
+        "import sys, rlme.adapters.openrlhf, rlme.adapters.trl, rlme.adapters.verifiers, rlme.adapters.verl\n"
+        "ours = {m.split('.')[0] for m in sys.modules} - set(sys.stdlib_module_names)\n"
+        "print(sorted(m for m in ours if not m.startswith('_')))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "torch" not in out and "pydantic" not in out and "openai" not in out
+
+
+def test_real_openrlhf(server: Server) -> None:
+    agent = pytest.importorskip("openrlhf.utils.agent")
+    body = {"query": [QUERY], "prompts": [PROMPT], "labels": ["4"]}
+    url = f"http://127.0.0.1:{server.port}/openrlhf"
+    file = agent.SingleTurnAgentExecutor(str(Path(openrlhf.__file__)))
+    (reply,) = asyncio.run(file._fetch_rewards_via_func(body["query"], body["prompts"], body["labels"]))
+    assert reply["rewards"] == [expected("Because.", PROMPT)]
+    with serving(Judge()) as open_server:
+        url = f"http://127.0.0.1:{open_server.port}/openrlhf"
+        web = agent.SingleTurnAgentExecutor([url])
+        (reply,) = asyncio.run(web._fetch_rewards_via_http(body["query"], body["prompts"], body["labels"]))
+    assert reply["rewards"] == [expected("Because.", PROMPT)]
+
+
+def test_real_verl() -> None:
+    reward = pytest.importorskip("verl.trainer.ppo.reward")
+    omegaconf = pytest.importorskip("omegaconf")
+    custom = {"path": "pkg://rlme.adapters.verl", "name": "compute_score", "reward_kwargs": {"prompt_key": "question"}}
+    score = reward.get_custom_reward_fn(omegaconf.OmegaConf.create({"reward": {"custom_reward_function": custom}}))
+    assert inspect.iscoroutinefunction(score)
+    call = {"data_source": "gsm8k", "ground_truth": "4", "solution_str": "Because.", "extra_info": {"question": "Why?"}}
+    assert asyncio.run(score(**call))["score"] == expected("Because.")
+
+
+def test_real_verifiers() -> None:
+    vf = pytest.importorskip("verifiers.v1")
+    from verifiers.v1.configs.task import RewardFunctionConfig, TaskConfig
+
+    spec = RewardFunctionConfig(fn="rlme.adapters.verifiers:rlme_reward", weight=2.0)
+    task = vf.Task(vf.TaskData(prompt="Why?"), TaskConfig(rewards={"rlme": spec}))
+    for reply, works in (("Because.", True), ("fail", False)):
+        trace = vf.Trace.model_construct(root_reply=reply, rewards={}, metrics={}, nodes=[])
+        if works:
+            asyncio.run(task.score(trace))
+            assert json.dumps(expected("Because."))[:8] in json.dumps({k: str(v) for k, v in trace.rewards.items()})
+        else:
+            with pytest.raises(vf.TaskError, match="no reward"):
+                asyncio.run(task.score(trace))
