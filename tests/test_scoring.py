@@ -1,0 +1,341 @@
+"""Shared prefixes give the numbers of the plain padded path: judging, loss and gradients, on four architectures."""
+
+import copy
+import itertools
+import math
+import random
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
+from trl.kernels import ChunkedLogProbFunction
+
+from rlme import scoring
+from rlme.lm_head import LMHead, _BlockedLogProbs
+from rlme.scoring import completion_logps, continuation_logprobs, plan_rows
+from rlme.tree_attention import TreeInputs, install, tree_unsupported_reason
+
+PROMPTS = ([5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16], [5, 6, 7, 8, 9], [20, 21, 22], [23])
+
+
+@pytest.fixture
+def model(tiny_dir):
+    return AutoModelForCausalLM.from_pretrained(tiny_dir)
+
+
+@pytest.fixture
+def llama(tiny_model_dirs):
+    return AutoModelForCausalLM.from_pretrained(tiny_model_dirs["llama"])
+
+
+def tokens(n, seed=0):
+    return random.Random(seed).choices(range(30, 300), k=n)
+
+
+def logits_of(model, sequence):
+    """The oracle: one sequence, no batch, no padding, transformers' own forward."""
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([sequence])).logits[0].float().log_softmax(-1)
+
+
+def expected_logprob(model, context, continuation):
+    logps = logits_of(model, [*context, *continuation])
+    return sum(logps[len(context) - 1 + i, token].item() for i, token in enumerate(continuation))
+
+
+def requests():
+    """Prompts that are prefixes of each other, answers to them, questions about the answers, one after another."""
+    answers = [[*p, *tokens(n, i)] for i, (p, n) in enumerate(itertools.product(PROMPTS, (0, 1, 9, 30)))]
+    contexts = [*answers, *([*a, *tokens(4, 99 + k)] for a in answers for k in range(3)), answers[0], answers[3]]
+    contexts += [[*answers[2], *tokens(4, 99), 33, 40, 41]]  # a second question, after the first one's target
+    continuations = [[[33], [34], [33, 35], [33, 36, 37]][: 1 + i % 4] for i in range(len(contexts))]
+    return contexts, continuations
+
+
+# -- judging --
+
+
+@pytest.mark.parametrize("budget", [10_000, 100, 20])
+def test_judging_equals_single_forwards(model, budget):
+    contexts, continuations = requests()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        shared, computed = continuation_logprobs(model, contexts, continuations, token_budget=budget)
+        plain, padded = continuation_logprobs(model, contexts, continuations, token_budget=budget, share=False)
+    for context, asked, ours, other in zip(contexts, continuations, shared, plain, strict=True):
+        for continuation, logprob, logprob_plain in zip(asked, ours, other, strict=True):
+            expected = expected_logprob(model, context, continuation)
+            assert logprob == pytest.approx(expected, abs=1e-4)
+            assert logprob_plain == pytest.approx(expected, abs=1e-4)
+    assert computed < padded
+
+
+def test_every_token_is_computed_once(llama):
+    prompt, answers = tokens(50), [tokens(20, 1), tokens(20, 2)]
+    contexts = [[*prompt, *a, *q] for a in answers for q in ([40], [41, 42], [41, 42])]
+    _, computed = continuation_logprobs(llama, contexts, [[[1], [2]]] * len(contexts))
+    assert computed == 50 + 2 * (20 + 1 + 2)  # single-token labels cost nothing, a repeated context neither
+    _, computed = continuation_logprobs(llama, [prompt], [[[1, 3], [2, 3], [1]]])
+    assert computed == 50 + 2
+
+
+def test_nothing_asked_and_bad_requests(llama):
+    assert continuation_logprobs(llama, [], []) == ([], 0)
+    assert continuation_logprobs(llama, [[1]], [[]]) == ([[]], 0)
+    with pytest.raises(ValueError, match="continuation is empty"):
+        continuation_logprobs(llama, [[1]], [[[]]])
+    with pytest.raises(ValueError, match="context is empty"):
+        continuation_logprobs(llama, [[]], [[[1]]])
+
+
+def test_a_broken_model_gives_nan_not_a_number(llama):
+    with torch.no_grad():
+        llama.lm_head.weight[7] = float("nan")
+    values, _ = continuation_logprobs(llama, [[1, 2, 3], [1, 2, 4]], [[[5], [7]]] * 2)
+    assert all(math.isnan(value) for row in values for value in row)
+
+
+def test_bfloat16_models_are_scored(llama):
+    contexts, continuations = requests()
+    exact, _ = continuation_logprobs(llama, contexts, continuations)
+    rounded, _ = continuation_logprobs(llama.to(torch.bfloat16), contexts, continuations)
+    flat = [abs(a - b) for r, s in zip(exact, rounded, strict=True) for a, b in zip(r, s, strict=True)]
+    assert sum(flat) / len(flat) < 0.1
+
+
+def test_dropout_is_off_and_the_mode_is_restored(tiny_model_dirs):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dirs["llama"], attention_dropout=0.5).train()
+    first, second = (continuation_logprobs(model, [[1, 2, 3], [1, 2, 4]], [[[5]]] * 2)[0] for _ in range(2))
+    assert first == second
+    assert model.training
+
+
+# -- loss --
+
+GROUPS = (
+    [(0, n) for n in (7, 3, 0, 1, 12, 7)]  # ragged, empty, one token
+    + [(1, 30)]  # a group of one, and a prompt that is a prefix of the first
+    + [(2, 1), (2, 1), (3, 5), (3, 9)]
+)
+ROWS = [(PROMPTS[p], tokens(n, i)) for i, (p, n) in enumerate(GROUPS)]
+ROWS.append(ROWS[0])  # an identical completion
+
+
+def loss_and_gradients(model, **options):
+    model.zero_grad()
+    prompts, completions = zip(*ROWS, strict=True)
+    logps, entropy = completion_logps(model, prompts, completions, compute_entropy=True, **options)
+    weights = torch.linspace(-1, 1, logps.numel()).view_as(logps)
+    ((weights * logps).sum() + 0.1 * (weights**2 * entropy).sum()).backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    return logps.detach(), entropy.detach(), gradient
+
+
+def oracle(model, temperature):
+    """Plain autograd through each row's own logits."""
+    model.zero_grad()
+    longest = max(len(completion) for _, completion in ROWS)
+    logps, entropies = [], []
+    for prompt, completion in ROWS:
+        logits = model(input_ids=torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]
+        full = (logits[: len(completion)] / temperature).log_softmax(-1)
+        pad = (0, longest - len(completion))
+        picked = full.gather(-1, torch.tensor(completion, dtype=torch.long)[:, None])[:, 0]
+        logps.append(torch.nn.functional.pad(picked, pad))
+        entropies.append(torch.nn.functional.pad(-(full.exp() * full).sum(-1), pad))
+    logps, entropies = torch.stack(logps), torch.stack(entropies)
+    weights = torch.linspace(-1, 1, logps.numel()).view_as(logps)
+    ((weights * logps).sum() + 0.1 * (weights**2 * entropies).sum()).backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    return logps.detach(), entropies.detach(), gradient
+
+
+def assert_equal(found, expected):
+    for name, ours, theirs in zip(("logps", "entropy"), found, expected, strict=False):
+        assert (ours - theirs).abs().max() <= 1e-4, name
+    assert (found[2] - expected[2]).norm() / expected[2].norm() <= 1e-4
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_loss_and_gradients_equal_plain_autograd(model, share):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_equal(loss_and_gradients(model, temperature=0.7, share=share), oracle(model, 0.7))
+
+
+def test_gradient_checkpointing_recomputes_with_the_same_tree(model):
+    expected = loss_and_gradients(model, temperature=1.0)
+    model.gradient_checkpointing_enable()
+    model.train()
+    assert_equal(loss_and_gradients(model, temperature=1.0), expected)
+
+
+def test_packs_add_up_to_the_whole(llama):
+    prompts, completions = zip(*ROWS, strict=True)
+    whole = loss_and_gradients(llama)
+    weights = torch.linspace(-1, 1, whole[0].numel()).view_as(whole[0])
+    llama.zero_grad()
+    packs = plan_rows(prompts, completions, 30)
+    assert len(packs) > 2
+    assert sorted(i for pack in packs for i in pack) == list(range(len(ROWS)))
+    for pack in packs:
+        logps, entropy = completion_logps(
+            llama, [prompts[i] for i in pack], [completions[i] for i in pack], compute_entropy=True
+        )
+        mine = weights[pack][:, : logps.shape[1]]
+        ((mine * logps).sum() + 0.1 * (mine**2 * entropy).sum()).backward()
+    gradient = torch.cat([p.grad.flatten() for p in llama.parameters()])
+    assert (gradient - whole[2]).norm() / whole[2].norm() <= 1e-4
+    with torch.no_grad():
+        in_packs, _ = completion_logps(llama, prompts, completions, token_budget=30)
+    assert (in_packs - whole[0]).abs().max() <= 1e-4
+
+
+def test_shape_dtype_and_zero_padding(llama):
+    logps, entropy = completion_logps(llama, [torch.tensor([1, 2]), [3]], [[4, 5, 6], torch.tensor([7])])
+    assert logps.shape == (2, 3)
+    assert logps.dtype == torch.float32
+    assert entropy is None
+    assert logps[1, 1:].tolist() == [0, 0]
+    empty, _ = completion_logps(llama, [[1, 2]], [[]])
+    assert empty.shape == (1, 0)
+    with pytest.raises(ValueError, match="prompt is empty"):
+        completion_logps(llama, [[]], [[1]])
+
+
+def test_lora_and_autocast(tiny_dir):
+    base = AutoModelForCausalLM.from_pretrained(tiny_dir)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    assert_equal(loss_and_gradients(model), loss_and_gradients(model, share=False))
+    with torch.autocast("cpu", torch.bfloat16):
+        shared, plain = loss_and_gradients(model), loss_and_gradients(model, share=False)
+    assert (shared[0] - plain[0]).abs().mean() < 0.05
+    assert (shared[2] - plain[2]).norm() / plain[2].norm() < 0.15
+
+
+def test_lora_on_the_head_is_not_left_out(llama):
+    model = get_peft_model(llama, LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False))
+    expected = logits_of(model, [5, 6, 7, 8])
+    logps, _ = completion_logps(model, [[5, 6]], [[7, 8]])
+    assert logps[0].tolist() == pytest.approx([expected[1, 7].item(), expected[2, 8].item()], abs=1e-4)
+    values, _ = continuation_logprobs(model, [[5, 6]], [[[7, 8]]])
+    assert values[0][0] == pytest.approx(logps.sum().item(), abs=1e-4)
+
+
+@pytest.mark.parametrize(("softcap", "scale", "bias"), [(None, 1.0, True), (5.0, 1.3, False)])
+def test_blocked_head_equals_trl(softcap, scale, bias):
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(shape, generator=generator).requires_grad_() for shape in ((600, 16), (101, 16), (101,))]
+    hidden, weight, offset = tensors if bias else (*tensors[:2], None)
+    targets = torch.randint(0, 101, (600,), generator=generator)
+    found = _BlockedLogProbs.apply(hidden, weight, offset, targets, 0.7, scale, softcap, True)
+    expected = ChunkedLogProbFunction.apply(hidden, weight, offset, targets, 0.7, 32, softcap, scale, ("entropy",))[:2]
+    weights = torch.linspace(-1, 1, 600)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).abs().max() < 1e-4
+    wanted = [t for t in (hidden, weight, offset) if t is not None]
+    ours, theirs = (
+        torch.autograd.grad((weights * a).sum() + (weights**2 * b).sum(), wanted) for a, b in (found, expected)
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).norm() / b.norm() < 1e-5
+
+
+# -- property: any tree --
+
+_random_model = LlamaForCausalLM(
+    LlamaConfig(
+        vocab_size=8,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.5,
+    )
+).eval()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=20), min_size=1, max_size=12))
+def test_hidden_states_of_any_tree_equal_plain_forwards(given_sequences):
+    install(_random_model)
+    tree = TreeInputs(given_sequences, torch.device("cpu"))
+    with torch.no_grad():
+        row = _random_model(**tree.kwargs).logits[0]
+        for sequence, path in zip(given_sequences, tree.paths, strict=True):
+            alone = _random_model(input_ids=torch.tensor([sequence])).logits[0]
+            assert (row[torch.from_numpy(path)] - alone).abs().max() < 1e-4
+
+
+# -- what cannot share --
+
+
+def test_installing_changes_nothing_else(model):
+    untouched = copy.deepcopy(model)
+    install(model)
+    install(model)
+    ids = torch.tensor([tokens(20), [1] * 5 + tokens(15, 3)])
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    assert torch.equal(
+        model(input_ids=ids, attention_mask=mask).logits, untouched(input_ids=ids, attention_mask=mask).logits
+    )
+    options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": mask}
+    assert torch.equal(model.generate(ids, **options), untouched.generate(ids, **options))
+
+
+def test_a_recurrent_model_takes_the_plain_path_with_one_warning():
+    model = MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, state_size=4)).eval()
+    assert tree_unsupported_reason(model)
+    contexts, continuations = [[1, 2, 3], [1, 2, 4, 5]], [[[6], [7, 8]]] * 2
+    with pytest.warns(UserWarning, match="prefixes are not shared"):
+        values, _ = continuation_logprobs(model, contexts, continuations)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again, _ = continuation_logprobs(model, contexts, continuations)
+    assert values == again
+    for context, asked, row in zip(contexts, continuations, values, strict=True):
+        for continuation, value in zip(asked, row, strict=True):
+            assert value == pytest.approx(expected_logprob(model, context, continuation), abs=1e-4)
+
+
+def test_unsupported_settings_are_named(tiny_model_dirs):
+    eager = AutoModelForCausalLM.from_pretrained(tiny_model_dirs["llama"], attn_implementation="eager")
+    assert "eager" in tree_unsupported_reason(eager)
+    gemma = AutoModelForCausalLM.from_pretrained(tiny_model_dirs["gemma3"])
+    gemma.config.attn_logit_softcapping = 50.0
+    assert "attn_logit_softcapping" in tree_unsupported_reason(gemma)
+    gemma.config.attn_logit_softcapping = None
+    gemma.config.layer_types = ["linear_attention", "full_attention", "full_attention"]
+    assert "linear_attention" in tree_unsupported_reason(gemma)
+
+
+def test_the_self_check_catches_a_wrong_tree(llama, monkeypatch):
+    positions = scoring.TreeInputs
+
+    class Wrong(positions):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.kwargs["position_ids"] = self.kwargs["position_ids"] * 3
+
+    monkeypatch.setattr(scoring, "TreeInputs", Wrong)
+    contexts, continuations = requests()
+    with pytest.warns(UserWarning, match="log-probabilities differ"):
+        values, _ = continuation_logprobs(llama, contexts, continuations)
+    assert values[5][0] == pytest.approx(expected_logprob(llama, contexts[5], continuations[5][0]), abs=1e-4)
+
+
+def test_a_scaled_head_is_scaled(llama):
+    llama.config.logit_scale = 0.5
+    head = LMHead(llama)
+    hidden = torch.randn(3, 32)
+    expected = (llama.lm_head(hidden) * 0.5).log_softmax(-1)
+    found = head.read(hidden, torch.tensor([0, 0, 2]), torch.tensor([4, 5, 6]))
+    assert found.tolist() == pytest.approx(
+        [expected[0, 4].item(), expected[0, 5].item(), expected[2, 6].item()], abs=1e-5
+    )
