@@ -355,10 +355,13 @@ def test_the_command_with_a_model(tmp_path, tiny_policy_dir):
     assert len(found["manipulation"]) == 2
     for name in ("report.md", "report.html", "results.json", "verdicts.jsonl"):
         assert (out / name).stat().st_size
-    again = CliRunner().invoke(app, ["--verdicts", str(out / "verdicts.jsonl"), "--resamples", "10", "--json",
-                                     str(tmp_path / "again.json")], catch_exceptions=False)  # fmt: skip
-    assert again.exit_code == 0
-    assert json.loads((tmp_path / "again.json").read_text()) == found
+    saved, same = str(out / "verdicts.jsonl"), tmp_path / "again.json"
+    again = ["--verdicts", saved, "--resamples", "10", "--json", str(same)]
+    assert CliRunner().invoke(app, again, catch_exceptions=False).exit_code == 0
+    assert json.loads(same.read_text()) == found
+    more = CliRunner().invoke(app, [*arguments, "--protocol", "href", "--no-wrong-references"], catch_exceptions=False)
+    assert "1 runs, 8 judge calls (3 runs are there already)" in more.output
+    assert len(load_recorded(saved)) == 6
 
 
 @pytest.mark.parametrize(

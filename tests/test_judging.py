@@ -221,7 +221,7 @@ def test_spellings_leave_out_what_contains_another(base: LocalEvaluator) -> None
 
 def test_a_tokenizer_that_cannot_spell_says_so(tiny_word_dir: Path) -> None:
     words = LocalEvaluator(load_model(str(tiny_word_dir)), load_tokenizer(str(tiny_word_dir)), name="words")
-    with pytest.raises(InputError, match="words.*'YES'"):
+    with pytest.raises(InputError, match=r"words.*'YES'"):
         judge(SAMPLES[:1], [Question("Is it?", "q")], [words])
 
 

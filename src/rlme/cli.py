@@ -9,6 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
+from rlme.align.cli import align
+from rlme.ask_cli import ask, select
+from rlme.judgebench.cli import judge_bench
+from rlme.report.cli import compare, report, watch
+from rlme.serve.cli import cache_clear, cache_stats, serve
+
 app = typer.Typer(
     name="rlme",
     help="Train language models by reinforcement learning from questions in plain language: no labels, no verifier.",
@@ -104,6 +110,21 @@ def check(
     from rlme.commands import check_config
 
     check_config(config, overrides or [], show=show)
+
+
+app.command()(ask)
+app.command()(select)
+app.command()(report)
+app.command()(compare)
+app.command()(watch)
+app.command("judge-bench")(judge_bench)
+app.command()(align)
+app.command()(serve)
+
+cache = typer.Typer(help="The judge cache: what it holds, and emptying it.", no_args_is_help=True)
+cache.command("stats")(cache_stats)
+cache.command("clear")(cache_clear)
+app.add_typer(cache, name="cache")
 
 
 def _version(value: bool) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import cast
 
 from rlme.align.judge import PairwiseJudge
 from rlme.align.protocols import Protocol, load_protocol
+from rlme.align.stage import fingerprint
 from rlme.errors import InputError
 from rlme.evaluators.base import Evaluator
 from rlme.judgebench.config import BenchConfig
@@ -20,11 +21,12 @@ from rlme.questions import Question, Template
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One run to be made: what it is called, how many items it asks about, and how to make it."""
+    """One run to be made: what it is called, how many items and calls, what it depends on, and how to make it."""
 
     title: str
     items: int
     calls: int
+    inputs: str
     make: Callable[[Advance], Run]
 
 
@@ -49,20 +51,24 @@ def plan(config: BenchConfig, sets: list[BenchSet], evaluators: list[Evaluator])
     protocols = [load_protocol(name) for name in config.protocols]
     questions = _questions(config)
     judging = _judging(config)
-    for evaluator in evaluators:
+    for spec, evaluator in zip(config.judges, evaluators, strict=True):
         for bench in sets:
+            who = fingerprint(spec.model_dump(mode="json"), [asdict(item) for item in bench.items])
             if bench.pairwise:
                 for protocol in protocols:
-                    yield from _pair_jobs(config, bench, evaluator, protocol)
+                    yield from _pair_jobs(config, bench, evaluator, protocol, who)
                 continue
             check_templates(questions, judging, list(bench.items[0].columns))  # type: ignore[union-attr]
             for question in questions:
                 make = partial(_points, bench, evaluator, question, judging)
                 title = f"{bench.name}: {evaluator.name} / {question.name}"
-                yield Job(title, len(bench.items), len(bench.items), make)
+                inputs = fingerprint(who, asdict(question), asdict(judging))
+                yield Job(title, len(bench.items), len(bench.items), inputs, make)
 
 
-def _pair_jobs(config: BenchConfig, bench: BenchSet, evaluator: Evaluator, protocol: Protocol) -> Iterator[Job]:
+def _pair_jobs(
+    config: BenchConfig, bench: BenchSet, evaluator: Evaluator, protocol: Protocol, who: str
+) -> Iterator[Job]:
     judge = PairwiseJudge(
         [evaluator],
         protocol,
@@ -84,7 +90,9 @@ def _pair_jobs(config: BenchConfig, bench: BenchSet, evaluator: Evaluator, proto
         calls = 2 * sum(references or len(item.references) for item in asked)
         title = f"{bench.name}: {evaluator.name} / {protocol.name}"
         title += {"given": "", "other": ", another item's reference", "worse": ", the worse output as reference"}[shown]
-        yield Job(title, len(asked), calls, partial(_pairs, bench, judge, evaluator.name, shown, config.seed))
+        how = [config.vote, config.max_tokens, config.too_long, config.critique_tokens]
+        inputs = fingerprint(who, asdict(protocol), how, shown, config.seed if shown == "other" else None)
+        yield Job(title, len(asked), calls, inputs, partial(_pairs, bench, judge, evaluator.name, shown, config.seed))
 
 
 def _pairs(bench: BenchSet, judge: PairwiseJudge, name: str, shown: Shown, seed: int, advance: Advance) -> Run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -147,10 +148,12 @@ def _judge(settings: Any, folder: Path | None, console: Console) -> list[Run]:
     sets = load_sets(settings)  # read before a model is loaded
     evaluators = build_evaluators(settings.judges)
     jobs = list(plan(settings, sets, evaluators))
-    console.print(f"{len(jobs)} runs, {sum(job.calls for job in jobs)} judge calls", highlight=False)
+    made = _earlier(folder)
+    left = [job for job in jobs if job.inputs not in made]
+    reused = f" ({len(jobs) - len(left)} runs are there already)" if len(left) < len(jobs) else ""
+    console.print(f"{len(left)} runs, {sum(job.calls for job in left)} judge calls{reused}", highlight=False)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    runs: list[Run] = []
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -159,13 +162,22 @@ def _judge(settings: Any, folder: Path | None, console: Console) -> list[Run]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        whole = progress.add_task("all items", total=sum(job.items for job in jobs))
-        for job in jobs:
+        whole = progress.add_task("all items", total=sum(job.items for job in left))
+        for job in left:
             progress.update(whole, description=_plain(job.title))
-            runs.append(job.make(lambda n: progress.advance(whole, n)))
+            made[job.inputs] = replace(job.make(lambda n: progress.advance(whole, n)), inputs=job.inputs)
             if folder is not None:
-                save_records(runs, folder / "verdicts.jsonl")
-    return runs
+                save_records(made.values(), folder / "verdicts.jsonl")
+    return [made[job.inputs] for job in jobs]
+
+
+def _earlier(folder: Path | None) -> dict[str, Run]:
+    """Runs that an earlier, perhaps interrupted, call left in the folder, by what they were made from."""
+    from rlme.judgebench.run import load_recorded
+
+    if folder is None or not (folder / "verdicts.jsonl").is_file():
+        return {}
+    return {run.inputs: run for run in load_recorded(str(folder / "verdicts.jsonl"))}
 
 
 def _show(result: dict[str, Any], console: Console) -> None:
@@ -193,7 +205,8 @@ def _write(result: dict[str, Any], runs: Sequence[Run], folder: Path) -> None:
     from rlme.judgebench.run import save_records
 
     folder.mkdir(parents=True, exist_ok=True)
-    save_records(runs, folder / "verdicts.jsonl")
+    if not (folder / "verdicts.jsonl").exists():  # else it holds these runs, and perhaps more
+        save_records(runs, folder / "verdicts.jsonl")
     (folder / "report.md").write_text(markdown(result), encoding="utf-8")
     (folder / "report.html").write_text(page(result), encoding="utf-8")
     (folder / "results.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

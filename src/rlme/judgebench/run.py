@@ -69,8 +69,8 @@ class Record:
 class Run:
     """The records of one judge with one protocol on one set.
 
-    `soft` tells probabilities from recorded choices (1 or 0). `unasked` items had no reference to show.
-    `source` is the name of the question's or protocol's wording, `shown` the reference the judge saw.
+    `soft` tells probabilities from recorded choices (1 or 0). `unasked` items had no reference to show. `shown` is the
+    reference the judge saw, `inputs` a digest of all that the verdicts depend on.
     """
 
     set: str
@@ -83,6 +83,7 @@ class Run:
     unasked: int = 0
     skipped: int = 0
     seconds: float | None = None
+    inputs: str = ""
 
     def key(self) -> tuple[str, str, str]:
         """What identifies the run in a table."""
