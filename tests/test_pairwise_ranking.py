@@ -121,6 +121,23 @@ def test_what_the_judge_reads_of_a_prompt():
     assert instruction_text(turns) == "User: a\n\nAssistant: b\n\nUser: c"
 
 
+def test_a_local_judge_computes_instruction_and_reference_once(tiny_dir):
+    from rlme.evaluators.local import LocalEvaluator
+    from rlme.models import load_model, load_tokenizer
+
+    model, tokenizer = load_model(tiny_dir), load_tokenizer(tiny_dir)
+    group = [Candidates("Name " + "a number . " * 5, texts(4), (WORDS,), "0")]
+    found, computed = [], []
+    for share in (True, False):
+        evaluator = LocalEvaluator(model, tokenizer, share=share)
+        judge = PairwiseJudge([evaluator], PROTOCOLS["refeval"])
+        found.append(rank(group, judge, "ordered")[0])
+        computed.append(evaluator.tokens_computed)
+    assert found[0].scores == pytest.approx(found[1].scores, abs=1e-4)
+    assert found[0].readings == 12
+    assert computed[0] < 0.4 * computed[1]
+
+
 # pairs
 
 
