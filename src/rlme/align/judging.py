@@ -119,7 +119,11 @@ class QuestionScorer:
             masses = [j.mass for row in found for j in row if j.mass is not None]
             failures = Counter(j.failure.value for row in found for j in row if j.failure is not None)
             mass = sum(masses) / len(masses) if masses else None
-            rankings.append(Ranking(tuple(scores), best, worst, sum(map(len, found)), dict(failures), mass=mass))
+            flat = [j for row in found for j in row]
+            tokens, cost = sum(j.tokens_in for j in flat), sum(j.cost for j in flat)
+            rankings.append(
+                Ranking(tuple(scores), best, worst, len(flat), dict(failures), 0, mass, tokens_in=tokens, cost=cost)
+            )
         return rankings
 
 

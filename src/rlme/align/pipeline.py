@@ -221,6 +221,8 @@ class Alignment:
             "shortened": sum(row["shortened"] for row in rows),
             "without_score": missing,
             "label_mass": sum(masses) / len(masses) if masses else None,
+            "tokens": sum(row["tokens_in"] for row in rows),
+            "cost": sum(row["cost"] for row in rows) or None,
         }
 
     def _pairs(self, stage: Stage, judging: Stage, sampling: Stage, where: str) -> None:

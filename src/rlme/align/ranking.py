@@ -48,6 +48,8 @@ class Ranking:
     failures: dict[str, int] = field(default_factory=dict)
     shortened: int = 0
     mass: float | None = None
+    tokens_in: int = 0
+    cost: float = 0.0
 
     @property
     def margin(self) -> float | None:
@@ -157,6 +159,8 @@ class _Table:
             failures=dict(total),
             shortened=sum(v.shortened for v in self.verdicts),
             mass=sum(masses) / len(masses) if masses else None,
+            tokens_in=sum(r.tokens_in for r in readings),
+            cost=sum(r.cost for r in readings),
         )
 
 

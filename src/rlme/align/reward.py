@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rlme.align.judge import PairwiseJudge
 from rlme.align.protocols import Protocol, load_protocol
 from rlme.align.ranking import Candidates, Ranking, Schedule, instruction_text, rank
-from rlme.errors import InputError
+from rlme.errors import InputError, RunStopped
 from rlme.evaluators.base import Evaluator
 
 
 class PairwiseReward:
     """A completion's reward is its mean soft win rate, in [0, 1], against the other completions of its group.
 
-    It is a TRL reward function: `GRPOTrainer(model, reward_funcs=PairwiseReward(...), ...)`.
+    It is a TRL reward function, `GRPOTrainer(model, reward_funcs=PairwiseReward(...), ...)`, and stands in for a
+    `MetaReward` in `RLMETrainer(model, reward=PairwiseReward(...), ...)`.
 
     Args:
         protocol: name, file or Protocol. One that shows a reference needs the dataset column `reference`.
@@ -24,6 +26,8 @@ class PairwiseReward:
         weights: one per evaluator; default: equal.
         reference: dataset column with a reference output or a list of them.
         schedule: which pairs are compared, see `ranking.Schedule`.
+        seed: of random schedules.
+        max_failure_rate: `RunStopped` is raised when a larger share of a batch has no reward.
         options: further arguments of `PairwiseJudge` (vote, max_tokens, too_long, critique_tokens).
 
     A completion whose comparisons failed gets None and leaves the loss and the group's mean. A group of equal
@@ -39,6 +43,7 @@ class PairwiseReward:
         reference: str = "reference",
         schedule: Schedule = "ordered",
         seed: int = 0,
+        max_failure_rate: float = 0.2,
         **options: Any,
     ) -> None:
         self.__name__ = "pairwise"
@@ -46,24 +51,48 @@ class PairwiseReward:
         self.reference = reference
         self.schedule = schedule
         self.seed = seed
+        self.max_failure_rate = max_failure_rate
         self.rankings: list[Ranking] = []
         """Of the groups of the last call, in their order."""
+        self.rows: list[dict[str, Any]] = []
+        """What the last call judged: one row a completion, as it is written to `rollouts/`."""
         self._evaluators: list[str | Evaluator] = list(evaluators)
-        self._weights = weights
+        self._judge_weights = weights
         self._options = options
         self._judge: PairwiseJudge | None = None
+        # What RLMETrainer asks of a reward and pairs do not have: questions with weights, and gold.
+        self.questions: list[Any] = []
+        self.weights: list[float] = []
+        self.answer: str | None = None
 
     def __call__(
         self,
         prompts: Sequence[Any],
         completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]] | None = None,
         log_metric: Callable[[str, float], None] | None = None,
         **columns: Any,
     ) -> list[float | None]:
         """TRL's contract: one reward (or None) per completion; completions of equal prompts form a group."""
         trainer = getattr(log_metric, "__self__", None)
+        rewards = self.score(prompts, completions, completion_ids, trainer=trainer, columns=columns)
+        if log_metric is not None:
+            self._log(log_metric, rewards)
+        return rewards
+
+    def score(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        *,
+        trainer: Any = None,
+        columns: Mapping[str, Any] | None = None,
+        enforce_failure_rate: bool = True,
+    ) -> list[float | None]:
+        """Rewards of a batch; what was judged stays in `rows` and `rankings`. A completion alone has none."""
         texts = [c if isinstance(c, str) else str(c[-1].get("content") or "") for c in completions]
-        references = self._references(columns, len(texts))
+        references = self._references(columns or {}, len(texts))
         groups: dict[str, list[int]] = {}
         for i, prompt in enumerate(prompts):
             groups.setdefault(json.dumps([prompt, references[i]], sort_keys=True), []).append(i)
@@ -71,15 +100,63 @@ class PairwiseReward:
             Candidates(instruction_text(prompts[m[0]]), tuple(texts[i] for i in m), references[m[0]], key)
             for key, m in groups.items()
         ]
-        self.rankings = rank(candidates, self._ready(trainer), self.schedule, seed=self.seed)
+        judge = self._ready(trainer)
+        self.rankings = rank(candidates, judge, self.schedule, seed=self.seed)
         rewards: list[float | None] = [None] * len(texts)
+        self.rows = [{} for _ in texts]
         for members, group, ranking in zip(groups.values(), candidates, self.rankings, strict=True):
-            equal = len(set(group.texts)) == 1
+            equal = len(members) > 1 and len(set(group.texts)) == 1
             for i, score in zip(members, ranking.scores, strict=True):
                 rewards[i] = 0.5 if equal else score
-        if log_metric is not None:
-            self._log(log_metric, rewards)
+                tokens = len(completion_ids[i]) if completion_ids is not None else 0
+                self.rows[i] = self._row(group.instruction, texts[i], tokens, rewards[i], ranking, len(members))
+        self._check(rewards, enforce_failure_rate)
         return rewards
+
+    def _row(
+        self, instruction: str, text: str, tokens: int, reward: float | None, ranking: Ranking, members: int
+    ) -> dict[str, Any]:
+        judgement = {
+            "evaluator": "+".join(e if isinstance(e, str) else e.name for e in self._evaluators),
+            "question": self.protocol.name,
+            "score": reward,
+            "probability": reward,
+            "mass": ranking.mass if ranking.mass is not None else 1.0,
+            "failure": None if reward is not None else next(iter(ranking.failures), "alone in its group"),
+            "detail": "",
+            "critique": None,
+            "weight": 1.0,
+            "tokens_in": ranking.tokens_in // members,
+            "tokens_out": 0,
+            "cost": ranking.cost / members,
+        }
+        return {
+            "prompt": instruction,
+            "completion": text,
+            "tokens": tokens,
+            "answer": None,
+            "gold": None,
+            "correct": None,
+            "anchored": False,
+            "judgements": [judgement],
+            "reward": reward,
+        }
+
+    def _check(self, rewards: Sequence[float | None], enforce: bool) -> None:
+        missing = sum(r is None for r in rewards)
+        if enforce and rewards and missing / len(rewards) > self.max_failure_rate:
+            kinds: Counter[str] = Counter()
+            for ranking in self.rankings:
+                kinds.update(ranking.failures)
+            why = ", ".join(f"{kind} x{n}" for kind, n in kinds.most_common()) or "nothing to compare with"
+            raise RunStopped(
+                f"{missing} of {len(rewards)} completions have no reward ({why}), more than "
+                f"max_failure_rate {self.max_failure_rate:g} allows"
+            )
+
+    def evaluators(self, trainer: Any = None) -> list[Evaluator]:
+        """The evaluators, models loaded at the first call. `live` and `frozen` need the trainer they belong to."""
+        return self._ready(trainer).evaluators
 
     def _references(self, columns: Mapping[str, Any], n: int) -> list[tuple[str, ...]]:
         if not self.protocol.needs_reference:
@@ -99,7 +176,7 @@ class PairwiseReward:
             from rlme.evaluators.build import named_evaluator
 
             evaluators = [named_evaluator(e, trainer) if isinstance(e, str) else e for e in self._evaluators]
-            self._judge = PairwiseJudge(evaluators, self.protocol, weights=self._weights, **self._options)
+            self._judge = PairwiseJudge(evaluators, self.protocol, weights=self._judge_weights, **self._options)
         return self._judge
 
     def _log(self, log_metric: Callable[[str, float], None], rewards: Sequence[float | None]) -> None:

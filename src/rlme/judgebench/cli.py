@@ -140,12 +140,14 @@ def _judge(settings: Any, folder: Path | None, console: Console) -> list[Run]:
 
     from rlme.align.evaluators import build_evaluators
     from rlme.align.protocols import load_protocol
+    from rlme.commands import _quiet
     from rlme.judgebench.bench import load_sets, plan
     from rlme.judgebench.run import save_records
 
     for name in settings.protocols:
         load_protocol(name)
     sets = load_sets(settings)  # read before a model is loaded
+    _quiet()
     evaluators = build_evaluators(settings.judges)
     jobs = list(plan(settings, sets, evaluators))
     made = _earlier(folder)
