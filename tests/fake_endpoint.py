@@ -221,7 +221,8 @@ class _Proxy(_Handler):
         fault = None
         if "completions" in self.path and s.faults:
             with s.lock:
-                if s.draw.random() < s.rate:
+                s.healthy -= 1
+                if s.draw.random() < s.rate or s.healthy < 0:
                     fault = s.draw.choice(s.faults)
                     s.injected[fault] += 1
         if fault is None:
@@ -335,9 +336,10 @@ def fake_endpoint(
 
 @contextmanager
 def faulty_proxy(url: str, *faults: str, rate: float = 0.3, hold: float = 5.0, seed: int = 0) -> Iterator[Any]:
-    """A proxy in front of `url`: `.injected` counts faults by name; clear `.faults` to stop them."""
+    """A proxy in front of `url`: `.injected` counts faults by name; clear `.faults` to stop them; after `.healthy`
+    further calls it breaks everything."""
     address = urlsplit(url)
     state: dict[str, Any] = {"target": (address.hostname, address.port), "faults": list(faults), "injected": Counter()}
     draw = random.Random(seed)
-    with _running(_Proxy, rate=rate, hold=hold, draw=draw, local=threading.local(), **state) as server:
+    with _running(_Proxy, rate=rate, hold=hold, draw=draw, healthy=10**9, local=threading.local(), **state) as server:
         yield server

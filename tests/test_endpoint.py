@@ -263,6 +263,17 @@ def test_cost_is_counted_and_capped() -> None:
         judge.close()
 
 
+def test_tokens_are_estimated_before_they_are_spent(token_server: Any) -> None:
+    judge = evaluator(token_server, prices=Prices(input=1.0))
+    requests = [ask("Rate it:", "10", "12", "1x"), ask("Right?", "YES", "NO")]
+    estimate = judge.estimate(requests)
+    assert judge.account.cost < 1e-4
+    assert (estimate.tokens_in, estimate.tokens_out) == (2 * 8 + 6, 3)
+    answers = judge.logprobs(requests)
+    assert sum(a.tokens_out for a in answers) >= estimate.tokens_out
+    judge.close()
+
+
 @pytest.mark.parametrize(
     "bad",
     [

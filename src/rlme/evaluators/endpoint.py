@@ -84,6 +84,17 @@ class EndpointEvaluator:
                 self._server.refuse(request)
         return self._loop.submit(_all([self._answer(request) for request in requests]))
 
+    def estimate(self, requests: Sequence[Request]) -> Usage:
+        """Tokens that these requests may take, before any is sent, nothing cached. The cost of
+        a run is that of a typical step's requests (`config.prices.cost`) times the steps. Counted exactly where the
+        server shares its tokenizer; otherwise at three characters a token, which is on the high side."""
+        return self._loop.run(self._estimate(requests))
+
+    async def _estimate(self, requests: Sequence[Request]) -> Usage:
+        sizes = await _all([self._server.size(request) for request in requests])
+        calls = [n for n, _ in sizes]
+        return Usage(sum(n * tokens for n, tokens in sizes), 0, sum(calls))
+
     def write(self, requests: Sequence[Request], *, max_tokens: int) -> list[str | Failure]:
         """Greedy text after each context."""
         if isinstance(self._server, TextServer):

@@ -63,6 +63,10 @@ class TextServer:
         values = [top.by_text.get(text.encode()) for text in request.continuations]
         return Found([top.floor if v is None else v for v in values], [v is None for v in values], [usage])
 
+    async def size(self, request: Request) -> tuple[int, int]:
+        """(calls, tokens of each) that a request takes."""
+        return 1, self._body(request.context, 1)[2]
+
     async def write(self, request: Request, max_tokens: int) -> tuple[str, Usage]:
         """Greedy text after a context."""
         context = request.context

@@ -115,6 +115,12 @@ class TokenServer:
         await self._walk(context, 0, [i for i, ids in enumerate(wanted) if ids], wanted, found)
         return found
 
+    async def size(self, request: Request) -> tuple[int, int]:
+        """(calls, tokens of each) that a request takes: one call for every beginning its labels share."""
+        tokens = len(await self.encode(request.context, request.prefill))
+        wanted = [await self.spell(text) for text in request.continuations]
+        return len({ids[:depth] for ids in wanted for depth in range(len(ids))}), tokens
+
     async def _walk(
         self, context: list[int], depth: int, rows: list[int], wanted: list[tuple[int, ...]], found: Found
     ) -> None:
