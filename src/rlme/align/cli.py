@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -41,7 +42,7 @@ def align(
         value = getattr(settings.data, key)
         if value and not Path(value).exists() and (path.parent / value).is_file():
             setattr(settings.data, key, str(path.parent / value))
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 180)  # tables in a log are not folded
     if check:
         console.print(f"{path}: fine", markup=False)
         return

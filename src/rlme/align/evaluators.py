@@ -1,12 +1,14 @@
-"""Judges from their configuration: a model in this process, an endpoint, or the policy itself."""
+"""From the configuration to judges: a model in this process, an endpoint, or the policy itself; and their questions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from rlme.config import EvaluatorConfig
+from rlme.config import EvaluatorConfig, JudgingConfig, QuestionConfig, TemplateConfig
 from rlme.errors import InputError
 from rlme.evaluators.base import Evaluator
+from rlme.judging import Judging
+from rlme.questions import Question, Template
 
 Self = Callable[[str], Evaluator]
 """Gives the policy as an evaluator: `live`, or `frozen` as it was before the first preference update."""
@@ -46,3 +48,21 @@ def _build(config: EvaluatorConfig, policy: Self | None) -> Evaluator:
         load_in_4bit=config.load_in_4bit,
         chat=chat,
     )
+
+
+def make_questions(questions: Mapping[str, QuestionConfig]) -> list[Question]:
+    """The file's questions."""
+    return [
+        Question(q.ask, name, q.weight, q.target, _template(q.template), q.readout) for name, q in questions.items()
+    ]
+
+
+def make_judging(config: JudgingConfig) -> Judging:
+    """The file's judging section."""
+    template = _template(config.template)
+    assert template is not None
+    return Judging(template, config.readout, config.joint, config.reason_tokens, config.reason_then)
+
+
+def _template(value: str | TemplateConfig | None) -> str | Template | None:
+    return Template(value.kind, value.text) if isinstance(value, TemplateConfig) else value

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from typing import Protocol as Interface
 
 from rlme.align.config import JudgeStage
+from rlme.align.evaluators import make_judging, make_questions
 from rlme.align.judge import PairwiseJudge
 from rlme.align.prompts import AlignPrompt
 from rlme.align.protocols import load_protocol
 from rlme.align.ranking import Candidates, Ranking, calls_needed, instruction_text, rank
-from rlme.config import EvaluatorConfig, TemplateConfig
+from rlme.config import EvaluatorConfig
 from rlme.evaluators.base import Evaluator
-from rlme.judging import Judging, Sample, check_templates, judge
-from rlme.questions import Question, Template
+from rlme.judging import Sample, check_templates, judge
 from rlme.reward import weighted_sum
 
 Group = tuple[AlignPrompt, Sequence[str]]
@@ -84,14 +84,8 @@ class QuestionScorer:
 
     def __init__(self, stage: JudgeStage, evaluators: Sequence[Evaluator], weights: Sequence[float]) -> None:
         self.evaluators = evaluators
-        self.questions = [
-            Question(q.ask, name, q.weight, q.target, _template(q.template), q.readout)
-            for name, q in stage.questions.items()
-        ]
-        j = stage.judging
-        template = _template(j.template)
-        assert template is not None
-        self.judging = Judging(template, j.readout, j.joint, j.reason_tokens, j.reason_then)
+        self.questions = make_questions(stage.questions)
+        self.judging = make_judging(stage.judging)
         self.weights = [v * q.weight for v in weights for q in self.questions]
 
     def calls(self, groups: Sequence[Group]) -> int:
@@ -125,7 +119,3 @@ class QuestionScorer:
                 Ranking(tuple(scores), best, worst, len(flat), dict(failures), 0, mass, tokens_in=tokens, cost=cost)
             )
         return rankings
-
-
-def _template(value: str | TemplateConfig | None) -> str | Template | None:
-    return Template(value.kind, value.text) if isinstance(value, TemplateConfig) else value

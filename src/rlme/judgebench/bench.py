@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import cast
 
+from rlme.align.evaluators import make_judging, make_questions
 from rlme.align.judge import PairwiseJudge
 from rlme.align.protocols import Protocol, load_protocol
 from rlme.align.stage import fingerprint
@@ -16,7 +17,7 @@ from rlme.judgebench.config import BenchConfig
 from rlme.judgebench.items import BenchSet, PairItem, load_set
 from rlme.judgebench.run import Advance, Run, Shown, judge_pairs, judge_points
 from rlme.judging import Judging, check_templates
-from rlme.questions import Question, Template
+from rlme.questions import Question
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +50,8 @@ def load_sets(config: BenchConfig) -> list[BenchSet]:
 def plan(config: BenchConfig, sets: list[BenchSet], evaluators: list[Evaluator]) -> Iterator[Job]:
     """All runs, judge by judge; with the manipulation check where a protocol shows a reference."""
     protocols = [load_protocol(name) for name in config.protocols]
-    questions = _questions(config)
-    judging = _judging(config)
+    questions = make_questions(config.questions)
+    judging = make_judging(config.judging)
     for spec, evaluator in zip(config.judges, evaluators, strict=True):
         for bench in sets:
             who = fingerprint(spec.model_dump(mode="json"), [asdict(item) for item in bench.items])
@@ -101,21 +102,3 @@ def _pairs(bench: BenchSet, judge: PairwiseJudge, name: str, shown: Shown, seed:
 
 def _points(bench: BenchSet, evaluator: Evaluator, question: Question, judging: Judging, advance: Advance) -> Run:
     return judge_points(bench, evaluator, question, judging, advance=advance)
-
-
-def _questions(config: BenchConfig) -> list[Question]:
-    return [
-        Question(q.ask, name, q.weight, q.target, _template(q.template), q.readout)
-        for name, q in config.questions.items()
-    ]
-
-
-def _judging(config: BenchConfig) -> Judging:
-    j = config.judging
-    return Judging(_template(j.template) or "auto", j.readout, j.joint, j.reason_tokens, j.reason_then)
-
-
-def _template(template: object) -> str | Template | None:
-    if template is None or isinstance(template, str):
-        return template
-    return Template(template.kind, template.text)  # type: ignore[attr-defined]

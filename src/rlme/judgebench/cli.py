@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -59,7 +60,7 @@ def judge_bench(
     from rlme.errors import InputError
     from rlme.judgebench.analysis import RESAMPLES, analyse
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 180)  # tables in a log are not folded
     folder = output
     if verdicts is not None:
         if config is not None or judge or data or protocol or question:
