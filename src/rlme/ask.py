@@ -1,0 +1,349 @@
+"""Try questions before training: what each question, evaluator, template and read-out says about real completions.
+
+An advantage is made of differences within a group. A question on which all answers to a prompt get the same verdict,
+on which the evaluator wants to say something other than the labels, or whose verdict does not change when the answer
+is exchanged for one to another prompt, teaches nothing: this finds out before a run is spent on it.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from statistics import fmean
+from typing import Any
+
+from rlme.candidates import Candidate, group_stds, labelled
+from rlme.evaluators.base import Evaluator
+from rlme.judgement import Judgement
+from rlme.judging import Judging, Sample, judge
+from rlme.questions import Question
+
+RESAMPLES = 1000
+SWAPPED = 32
+"""Completions that are judged again under another prompt."""
+SPREAD, MASS, SHIFT, FAILED = 0.05, 0.5, 0.05, 0.05
+"""Below these a question has no signal: spread of the score within a group (nats, or points of the scale), mean label
+mass, mean change of p(target) when answers are exchanged; above the last, too many judgements fail."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value and its 95 % bootstrap interval over prompts."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass
+class Verdict:
+    """One question as one evaluator is asked it in one template and read-out: the numbers, and what they mean."""
+
+    question: str
+    ask: str
+    evaluator: str
+    template: str
+    readout: str
+    probability: float
+    """Mean p(target)."""
+    spread: Interval
+    """Mean standard deviation of the score within a group."""
+    mass: float
+    shift: float
+    """Mean absolute change of p(target) when the answer is exchanged for one to another prompt."""
+    failures: dict[str, int]
+    completions: int
+    tokens: float
+    """Evaluator tokens per completion."""
+    seconds: float
+    """Per completion."""
+    cost: float
+    """Money per completion."""
+    auroc: Interval | None = None
+    within_group_auroc: float | None = None
+    brier: float | None = None
+    calibration_error: float | None = None
+    complaints: list[str] = field(default_factory=list)
+    """Why there is no signal; empty when there is."""
+
+    @property
+    def name(self) -> str:
+        """What tells this row from the others."""
+        return f"{self.question} · {self.evaluator} · {self.template}/{self.readout}"
+
+
+@dataclass
+class Asked:
+    """Everything `rlme ask` found out."""
+
+    verdicts: list[Verdict]
+    """Best first: by AUROC where there are labels, else by spread; those without signal last."""
+    correlations: list[tuple[str, str, float]]
+    """Correlation of the scores of two questions asked by the same evaluator in the same way."""
+    liked: list[dict[str, Any]]
+    """Most and least liked answer of a few groups by the best verdict's question."""
+    judgements: dict[str, list[list[Judgement]]] = field(default_factory=dict, repr=False)
+    """Verdict name -> judgements per group."""
+
+    def json(self) -> dict[str, Any]:
+        """What `--json` writes."""
+        return {
+            "verdicts": [asdict(v) for v in self.verdicts],
+            "correlations": [{"a": a, "b": b, "correlation": r} for a, b, r in self.correlations],
+            "liked": self.liked,
+        }
+
+
+def ask(
+    groups: Sequence[Sequence[Candidate]],
+    questions: Sequence[Question],
+    evaluators: Sequence[Evaluator],
+    variants: Sequence[Judging],
+    *,
+    shown: int = 3,
+    advance: Callable[[], None] = lambda: None,
+) -> Asked:
+    """Ask every question of every evaluator in every variant (template and read-out) about every completion.
+
+    `advance` is called after each evaluator and variant. Questions are asked separately, whatever `joint` says: their
+    own signal is what is looked for.
+    """
+    samples = [candidate.sample for group in groups for candidate in group]
+    swapped = exchanged(groups, SWAPPED)
+    has_labels = labelled(groups)
+    asked = Asked([], [], [])
+    for variant in variants:
+        for evaluator in evaluators:
+            started = time.perf_counter()
+            judged = judge(samples, questions, [evaluator], replace(variant, joint=False))
+            seconds = (time.perf_counter() - started) / max(1, len(samples) * len(questions))
+            again = judge([s for _, s in swapped], questions, [evaluator], replace(variant, joint=False))
+            for k, question in enumerate(questions):
+                column = [row[k] for row in judged]
+                moved = [(judged[i][k], row[k]) for (i, _), row in zip(swapped, again, strict=True)]
+                verdict = _verdict(question, evaluator, variant, _grouped(column, groups), moved, seconds)
+                if has_labels:
+                    _against_labels(verdict, groups, _grouped(column, groups))
+                verdict.complaints = complaints(verdict)
+                asked.verdicts.append(verdict)
+                asked.judgements[verdict.name] = _grouped(column, groups)
+            advance()
+    asked.correlations = _correlations(asked)
+    asked.verdicts.sort(key=lambda v: (bool(v.complaints), -(v.auroc.value if v.auroc else v.spread.value)))
+    if asked.verdicts:
+        asked.liked = most_and_least(groups, asked.judgements[asked.verdicts[0].name], shown)
+    return asked
+
+
+def exchanged(groups: Sequence[Sequence[Candidate]], limit: int) -> list[tuple[int, Sample]]:
+    """(index of a completion, that completion as the answer to the next group's prompt), spread over the groups."""
+    if len(groups) < 2:
+        return []
+    index = [(g, i) for g, group in enumerate(groups) for i in range(len(group))]
+    places = list(range(len(index)))
+    random.Random(0).shuffle(places)
+    result = []
+    for place in sorted(places[:limit]):
+        g, i = index[place]
+        other = groups[(g + 1) % len(groups)]
+        theirs, ours = other[i % len(other)].sample, groups[g][i].sample
+        answer = replace(ours, completion=theirs.completion, answer=theirs.answer, n_tokens=theirs.n_tokens)
+        result.append((place, answer))
+    return result
+
+
+def _grouped(column: Sequence[Judgement], groups: Sequence[Sequence[Candidate]]) -> list[list[Judgement]]:
+    result, start = [], 0
+    for group in groups:
+        result.append(list(column[start : start + len(group)]))
+        start += len(group)
+    return result
+
+
+def _verdict(
+    question: Question,
+    evaluator: Evaluator,
+    variant: Judging,
+    judged: list[list[Judgement]],
+    moved: Sequence[tuple[Judgement, Judgement]],
+    seconds: float,
+) -> Verdict:
+    flat = [j for group in judged for j in group]
+    known = [j for j in flat if j.score is not None]
+    failures: dict[str, int] = {}
+    for j in flat:
+        if j.failure is not None:
+            failures[j.failure.value] = failures.get(j.failure.value, 0) + 1
+    shifts = [
+        abs(a.probability - b.probability) for a, b in moved if a.probability is not None and b.probability is not None
+    ]
+    scores = [[j.score for j in group] for group in judged]
+    template = question.template or variant.template
+    readout = question.readout or variant.readout
+    chat = evaluator.chat
+    if template == "auto":
+        template = "chat" if chat else "paper"
+    if readout == "auto":
+        readout = "marker" if not chat else "yes_no"
+    return Verdict(
+        question=question.name,
+        ask=question.ask,
+        evaluator=evaluator.name,
+        template=template if isinstance(template, str) and "{{" not in template else "own",
+        readout=readout,
+        probability=fmean([j.probability for j in known if j.probability is not None]) if known else math.nan,
+        spread=bootstrap(group_stds(scores)),
+        mass=fmean([j.mass for j in known if j.mass is not None]) if known else math.nan,
+        shift=fmean(shifts) if shifts else math.nan,
+        failures=failures,
+        completions=len(flat),
+        tokens=fmean([j.tokens_in + j.tokens_out for j in flat]) if flat else 0.0,
+        seconds=seconds,
+        cost=fmean([j.cost for j in flat]) if flat else 0.0,
+    )
+
+
+def bootstrap(values: Sequence[float], seed: int = 0) -> Interval:
+    """The mean of one number per group (prompt), with its 2.5 and 97.5 percentiles over resampled groups."""
+    if not values:
+        return Interval(math.nan, math.nan, math.nan)
+    draw = random.Random(seed)
+    means = sorted(fmean(draw.choices(values, k=len(values))) for _ in range(RESAMPLES))
+    return Interval(fmean(values), means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES) - 1])
+
+
+def _against_labels(verdict: Verdict, groups: Sequence[Sequence[Candidate]], judged: list[list[Judgement]]) -> None:
+    import numpy as np
+
+    from rlme.judgebench import metrics
+
+    rows = [
+        (g, c.right, j.score, j.probability)
+        for g, (group, js) in enumerate(zip(groups, judged, strict=True))
+        for c, j in zip(group, js, strict=True)
+        if j.score is not None and j.probability is not None
+    ]
+    labels = [right for _, right, _, _ in rows]
+    if len(set(labels)) < 2:
+        return
+    y_N = np.array(labels, dtype=np.float64)
+    score_N, p_N = np.array([s for *_, s, _ in rows]), np.array([p for *_, p in rows])
+    weights_RN = metrics.bootstrap_weights([str(g) for g, *_ in rows], 200, 0)
+    found = metrics.estimate(metrics.auroc(score_N, y_N, weights_RN))
+    verdict.auroc = Interval(found.value, found.low, found.high)
+    verdict.brier = float(metrics.brier(p_N, y_N, weights_RN[:1])[0])
+    verdict.calibration_error = float(metrics.ece(p_N, y_N, weights_RN[:1])[0])
+    wins = pairs = 0.0
+    for g in range(len(groups)):
+        right = [s for i, ok, s, _ in rows if i == g and ok]
+        wrong = [s for i, ok, s, _ in rows if i == g and not ok]
+        wins += sum((a > b) + 0.5 * (a == b) for a in right for b in wrong)
+        pairs += len(right) * len(wrong)
+    verdict.within_group_auroc = wins / pairs if pairs else None
+
+
+def complaints(verdict: Verdict) -> list[str]:
+    """Why a question has no signal, in words; empty when it has."""
+    said = []
+    failed = sum(verdict.failures.values())
+    if failed > FAILED * verdict.completions:
+        kinds = ", ".join(sorted(verdict.failures))
+        said.append(f"{failed} of {verdict.completions} judgements failed ({kinds})")
+    if math.isnan(verdict.spread.value):
+        said.append("no group has two judged answers, so there is no spread to learn from")
+    elif verdict.spread.value < SPREAD:
+        said.append(f"spread too small: within a group the score differs by {verdict.spread.value:.3g} only")
+    if verdict.mass < MASS:
+        said.append(f"mass too low: only {verdict.mass:.0%} of the evaluator's probability is on the labels")
+    if verdict.shift < SHIFT:
+        said.append(
+            f"answers ignored: the verdict moves by {verdict.shift:.3f} when the answer is exchanged for one to "
+            "another prompt"
+        )
+    if verdict.auroc is not None and verdict.auroc.high < 0.5:
+        said.append(f"wrong way round: wrong answers are rated higher (AUROC {verdict.auroc.value:.2f})")
+    elif verdict.auroc is not None and verdict.auroc.low <= 0.5 <= verdict.auroc.high:
+        said.append(f"cannot tell right from wrong: AUROC {verdict.auroc.value:.2f} is within chance")
+    return said
+
+
+def _correlations(asked: Asked) -> list[tuple[str, str, float]]:
+    result = []
+    for i, one in enumerate(asked.verdicts):
+        for two in asked.verdicts[i + 1 :]:
+            same_way = (one.evaluator, one.template, one.readout) == (two.evaluator, two.template, two.readout)
+            if not same_way or one.question == two.question:
+                continue
+            pairs = [
+                (a.score, b.score)
+                for left, right in zip(asked.judgements[one.name], asked.judgements[two.name], strict=True)
+                for a, b in zip(left, right, strict=True)
+                if a.score is not None and b.score is not None
+            ]
+            r = correlation(pairs)
+            if r is not None:
+                result.append((one.name, two.name, r))
+    return result
+
+
+def correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """Pearson's r; None when it is not defined."""
+    if len(pairs) < 3:
+        return None
+    mx, my = fmean(x for x, _ in pairs), fmean(y for _, y in pairs)
+    scale = math.sqrt(sum((x - mx) ** 2 for x, _ in pairs) * sum((y - my) ** 2 for _, y in pairs))
+    return sum((x - mx) * (y - my) for x, y in pairs) / scale if scale > 1e-12 else None
+
+
+def most_and_least(
+    groups: Sequence[Sequence[Candidate]], judged: Sequence[Sequence[Judgement]], shown: int
+) -> list[dict[str, Any]]:
+    """The most and least liked answer of the `shown` groups whose scores lie furthest apart."""
+    pairs = []
+    for group, js in zip(groups, judged, strict=True):
+        scored = sorted(
+            ((j.score, i) for i, j in enumerate(js) if j.score is not None), key=lambda item: item[0], reverse=True
+        )
+        if len(scored) > 1:
+            (high, most), (low, least) = scored[0], scored[-1]
+            sides = [
+                {
+                    "completion": group[i].sample.completion,
+                    "probability": js[i].probability,
+                    "score": score,
+                    "right": group[i].right,
+                }
+                for score, i in ((high, most), (low, least))
+            ]
+            pairs.append((high - low, {"prompt": group[0].sample.prompt_text(), "most": sides[0], "least": sides[1]}))
+    return [pair for _, pair in sorted(pairs, key=lambda item: -item[0])[:shown]]
+
+
+def conclusions(asked: Asked) -> list[str]:
+    """The end in words: which questions have signal, which have none and why, and which to take."""
+    lines = []
+    good = [v for v in asked.verdicts if not v.complaints]
+    for v in good:
+        if v.auroc is not None:
+            why = f"AUROC {v.auroc.value:.2f} ({v.auroc.low:.2f} to {v.auroc.high:.2f})"
+        else:
+            why = f"spread within a group {v.spread.value:.3g} ({v.spread.low:.3g} to {v.spread.high:.3g})"
+        lines.append(f"{v.name} has signal: {why}, label mass {v.mass:.0%}.")
+    lines += [f"{v.name} has none: {'; '.join(v.complaints)}." for v in asked.verdicts if v.complaints]
+    if len(good) > 1:
+        a, b = ((v.auroc or v.spread) for v in good[:2])
+        lines.append(
+            f"Best is {good[0].name}"
+            + ("." if a.low > b.high else f", but its interval overlaps with that of {good[1].name}: ask about more.")
+        )
+    if not good:
+        lines.append("No question has signal: change the wording, the template, the read-out or the evaluator.")
+    for one, two, r in asked.correlations:
+        if abs(r) > 0.95:
+            lines.append(f"{one} and {two} say the same (correlation {r:.2f}): one of them is enough.")
+    if good and all(v.auroc is None for v in good):
+        lines.append("Without labels this says that answers are told apart, not that the better one is preferred.")
+    return lines

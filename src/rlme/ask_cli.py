@@ -1,0 +1,295 @@
+"""Commands `rlme ask` and `rlme select`."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from rlme.ask import Asked, Interval
+    from rlme.candidates import Groups
+    from rlme.config import Config
+    from rlme.evaluators.base import Evaluator
+    from rlme.select import Report
+
+ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="Configuration file, or a shipped recipe.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the file: section.key=value. Repeatable."),
+]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write everything as JSON.")]
+DataFile = Annotated[
+    str | None,
+    typer.Option("--data", metavar="FILE", help="Completions to judge, a row each. Default: sampled from the policy."),
+]
+CompletionColumn = Annotated[str, typer.Option("--completion", metavar="COLUMN", help="Column with the completion.")]
+LabelColumn = Annotated[
+    str | None, typer.Option("--label", metavar="COLUMN", help="Column that says whether a completion is right.")
+]
+Prompts = Annotated[int, typer.Option(min=1, help="Prompts to use.")]
+Samples = Annotated[int, typer.Option(min=2, help="Completions to sample for each prompt.")]
+
+
+def ask(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    data: DataFile = None,
+    completion: CompletionColumn = "completion",
+    label: LabelColumn = None,
+    wording: Annotated[
+        list[str] | None,
+        typer.Option("--ask", metavar="TEXT", help="A question to try besides the file's. Repeatable."),
+    ] = None,
+    template: Annotated[
+        list[str] | None, typer.Option("--template", help="A template to try instead of the file's. Repeatable.")
+    ] = None,
+    readout: Annotated[
+        list[str] | None, typer.Option("--readout", help="A read-out to try instead of the file's. Repeatable.")
+    ] = None,
+    prompts: Prompts = 16,
+    samples: Samples = 6,
+    shown: Annotated[int, typer.Option(min=0, help="Groups to show the most and least liked answer of.")] = 3,
+    table: JsonFile = None,
+) -> None:
+    """Try questions before training: which have signal, and which have none and why.
+
+    Asks every question of every evaluator about completions sampled from the policy, or read from a file.
+    """
+    from rich.console import Console
+
+    from rlme import ask as asking
+    from rlme.commands import read_config
+    from rlme.errors import InputError
+    from rlme.judging import check_templates
+    from rlme.questions import Question
+    from rlme.training.build import make_judging, make_questions
+
+    console = Console()
+    settings = read_config(config, overrides or [])
+    questions = [*make_questions(settings), *(Question(text) for text in wording or [])]
+    if not questions:
+        raise InputError("there is no question: the configuration has none, and no --ask was given")
+    variants = _variants(make_judging(settings), template or [], readout or [])
+    groups, evaluators = _load(settings, data, completion, label, prompts, samples, console)
+    columns = sorted({name for group in groups for c in group for name in c.sample.columns})
+    for variant in variants:
+        check_templates(questions, variant, columns)
+    with _bar(console) as bar:
+        task = bar.add_task("asking", total=len(variants) * len(evaluators))
+        asked = asking.ask(groups, questions, evaluators, variants, shown=shown, advance=lambda: bar.advance(task))
+    _print_asked(asked, groups, console)
+    if table is not None:
+        _write(table, asked.json())
+
+
+def select(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    data: DataFile = None,
+    completion: CompletionColumn = "completion",
+    label: LabelColumn = None,
+    prompts: Prompts = 64,
+    samples: Samples = 4,
+    accuracy: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Abstain so that this share of the given answers is right."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the chosen answers as JSONL.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Splits prompts into those that set the threshold and the others.")] = 0,
+    table: JsonFile = None,
+) -> None:
+    """Choose the best of n answers by the same questions, and abstain where the evaluator is unsure.
+
+    With labels: accuracy against coverage, and a threshold for abstaining set on half of the prompts.
+    """
+    from rich.console import Console
+
+    from rlme import select as selecting
+    from rlme.commands import read_config
+    from rlme.training.build import make_judging, make_questions
+
+    console = Console()
+    settings = read_config(config, overrides or [])
+    groups, evaluators = _load(settings, data, completion, label, prompts, samples, console)
+    with _bar(console) as bar:
+        task = bar.add_task("judging", total=len(evaluators) * 2)
+        chosen = selecting.choose(
+            groups,
+            make_questions(settings),
+            evaluators,
+            settings.evaluator_weights(),
+            make_judging(settings),
+            advance=lambda: bar.advance(task),
+        )
+    report = selecting.evaluate(groups, chosen, accuracy=accuracy, seed=seed)
+    _print_selected(report, console)
+    if output is not None:
+        selecting.write_chosen(groups, chosen, report, output)
+        console.print(f"chosen answers: {output}", markup=False)
+    if table is not None:
+        _write(table, report.json())
+
+
+def _variants(judging: Any, templates: list[str], readouts: list[str]) -> list[Any]:
+    from dataclasses import replace
+    from typing import get_args
+
+    from rlme.errors import InputError
+    from rlme.questions import TEMPLATES, ReadoutName
+
+    for given, known, what in (
+        (templates, ("auto", *TEMPLATES), "template"),
+        (readouts, get_args(ReadoutName), "readout"),
+    ):
+        if wrong := next((name for name in given if name not in known and "{{" not in name), None):
+            raise InputError(f"--{what} {wrong!r} is unknown: expected {', '.join(known)}")
+    return [
+        replace(judging, template=t, readout=r)
+        for t in templates or [judging.template]
+        for r in readouts or [judging.readout]
+    ]
+
+
+def _load(
+    settings: Config, data: str | None, completion: str, label: str | None, prompts: int, samples: int, console: Console
+) -> tuple[Groups, list[Evaluator]]:
+    from rlme.candidates import Policy, load_evaluators, needs_policy, read_candidates, sample_candidates
+    from rlme.commands import _quiet
+    from rlme.errors import InputError
+
+    _quiet()
+    if label is not None and data is None:
+        raise InputError("--label names a column of --data, which was not given")
+    policy = None
+    with console.status("loading models"):
+        if needs_policy(settings, sampling=data is None):
+            policy = Policy.load(settings)
+        evaluators = load_evaluators(settings, policy)
+    if data is not None:
+        tokenizer = policy.tokenizer if policy is not None else None
+        return (
+            read_candidates(settings, data, completion=completion, label=label, prompts=prompts, tokenizer=tokenizer),
+            evaluators,
+        )
+    assert policy is not None
+    with console.status(f"sampling {samples} completions of up to {prompts} prompts"):
+        return (
+            sample_candidates(settings, policy, prompts=prompts, samples=samples, seed=settings.train.seed),
+            evaluators,
+        )
+
+
+def _bar(console: Console) -> Any:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def _number(value: float | None, form: str = ".3g") -> str:
+    return "" if value is None or math.isnan(value) else format(value, form)
+
+
+def _interval(interval: Interval | None) -> str:
+    if interval is None or math.isnan(interval.value):
+        return ""
+    return f"{interval.value:.2f} ({interval.low:.2f}-{interval.high:.2f})"
+
+
+def _print_asked(asked: Asked, groups: Groups, console: Console) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from rlme.ask import conclusions
+    from rlme.training.display import plain
+
+    answers = sum(len(group) for group in groups)
+    with_labels = any(v.auroc is not None for v in asked.verdicts)
+    rows = Table(title=f"{answers} answers to {len(groups)} prompts, best question first", title_justify="left")
+    for name in ("question", "evaluator", "asked in"):
+        rows.add_column(name)
+    heads = ["p(target)", "spread in a group", "mass", "moves"]
+    heads += ["AUROC", "in a group", "calib. error"] if with_labels else []
+    for name in (*heads, "failed", "tokens", "ms", "cost"):
+        rows.add_column(name, justify="right", no_wrap=True)
+    for v in asked.verdicts:
+        numbers = [_number(v.probability), _interval(v.spread), _number(v.mass, ".2f"), _number(v.shift, ".3f")]
+        if with_labels:
+            numbers += [
+                _interval(v.auroc),
+                _number(v.within_group_auroc, ".2f"),
+                _number(v.calibration_error, ".2f"),
+            ]
+        numbers += [str(sum(v.failures.values()) or ""), f"{v.tokens:.0f}", f"{v.seconds * 1000:.0f}", _number(v.cost)]
+        style = "dim" if v.complaints else ""
+        what = (Text(plain(v.question, 60)), Text(plain(v.evaluator, 24)), f"{v.template}/{v.readout}")
+        rows.add_row(*what, *numbers, style=style)
+    console.print(rows)
+    for pair in asked.liked:
+        sides = Table(title=Text(plain(pair["prompt"][-400:], 400)), title_justify="left", expand=True, show_lines=True)
+        for name in ("most", "least"):
+            side = pair[name]
+            right = "" if side["right"] is None else ", right" if side["right"] else ", wrong"
+            sides.add_column(f"{name} liked: p {_number(side['probability'])}{right}", ratio=1)
+        sides.add_row(*(Text(plain(pair[name]["completion"], 600)) for name in ("most", "least")))
+        console.print(sides)
+    for line in conclusions(asked):
+        console.print(Text(plain(line, 1000)))
+
+
+def _print_selected(report: Report, console: Console) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from rlme.select import sentences
+    from rlme.training.display import plain
+
+    if report.methods:
+        rows = Table(title=f"best of {report.answers:g} answers, {report.prompts} prompts", title_justify="left")
+        rows.add_column("chosen by")
+        for name in (
+            "evaluator",
+            "accuracy",
+            "calibration-AUC",
+            "selective-AUC",
+            "at 50 %",
+            "threshold",
+            "kept",
+            "right",
+        ):
+            rows.add_column(name, justify="right" if name != "evaluator" else "left", no_wrap=True)
+        for m in report.methods:
+            rows.add_row(
+                m.name, Text(plain(m.evaluator, 24)), _interval(m.accuracy), _number(m.calibration_auc, ".3f"),
+                _number(m.selective_auc, ".3f"), _number(m.at_half, ".3f"), _number(m.threshold),
+                _number(m.coverage, ".0%"), _number(m.kept_accuracy, ".3f"),
+            )  # fmt: skip
+        console.print(rows)
+    for line in sentences(report):
+        console.print(Text(plain(line, 1000)))
+
+
+def _write(path: Path, content: Any) -> None:
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: clean(v) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [clean(v) for v in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    path.write_text(json.dumps(clean(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")

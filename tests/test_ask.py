@@ -1,0 +1,272 @@
+"""`rlme ask`: numbers by hand, complaints where they are due, files and bad input, the command end to end."""
+
+import json
+import math
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer import Typer
+from typer.testing import CliRunner
+
+from rlme.ask import Asked, ask, bootstrap, conclusions, correlation, exchanged, most_and_least
+from rlme.ask_cli import ask as ask_command
+from rlme.candidates import Candidate, group_stds, labelled, read_candidates
+from rlme.config import Config
+from rlme.errors import InputError
+from rlme.judging import Judging, Sample
+from rlme.questions import Question
+from tests.rule_judge import RuleJudge
+from tests.tiny_runs import write_config
+
+WAY = Judging("reply", "yes_no")
+
+
+def sums(n: int = 12, size: int = 4, seed: int = 0) -> list[list[Candidate]]:
+    """Prompts "What is a + b?" with right and wrong answers, the first of each group right and the second wrong."""
+    draw, groups = random.Random(seed), []
+    for g in range(n):
+        a, b = g + 2, g + 3
+        answers = [a + b, a + b + 1, *(a + b + draw.choice([0, 1]) for _ in range(size - 2))]
+        groups.append([Candidate(Sample(f"What is {a} + {b}?", f"It is {x}."), x == a + b) for x in answers])
+    return groups
+
+
+def is_right(text: str) -> bool:
+    a, b, x = (int(v) for v in re.findall(r"\d+", text.split("Question:")[0])[:3])
+    return a + b == x
+
+
+def noisy(seed: int = 0) -> Any:
+    draw = random.Random(seed)
+    return lambda text: min(0.95, max(0.05, (0.8 if is_right(text) else 0.2) + draw.gauss(0, 0.05)))
+
+
+def run(*rules: Any, **changes: Any) -> Asked:
+    judges = [RuleJudge(rule, name=f"judge{i}", **changes) for i, rule in enumerate(rules)]
+    return ask(sums(), [Question("Is it right?", "right")], judges, [WAY])
+
+
+def test_a_question_with_signal_is_told_from_those_without() -> None:
+    asked = run(noisy(), lambda text: 0.7, lambda text: random.Random(len(text)).uniform(0.69, 0.71))
+    good, *others = asked.verdicts
+    assert good.evaluator == "judge0"
+    assert good.complaints == []
+    assert good.auroc is not None and good.auroc.value > 0.95
+    assert good.within_group_auroc is not None and good.within_group_auroc > 0.95
+    for other in others:
+        assert any("spread too small" in said for said in other.complaints)
+        assert any("answers ignored" in said for said in other.complaints)
+    text = conclusions(asked)
+    assert "has signal: AUROC" in text[0]
+    assert sum(" has none: " in line for line in text) == 2
+
+
+def test_low_mass_failures_and_the_wrong_way_round_are_said() -> None:
+    assert any("mass too low: only 20%" in said for said in run(noisy(), mass=0.2).verdicts[0].complaints)
+    failing = run(noisy(), fail_on="What is 2 +").verdicts[0]
+    assert failing.failures == {"timeout": 4}
+    assert any("4 of 48 judgements failed (timeout)" in said for said in failing.complaints)
+    backwards = noisy()
+    assert any("wrong way round" in said for said in run(lambda text: 1 - backwards(text)).verdicts[0].complaints)
+
+
+def test_chance_is_called_chance() -> None:
+    draw = random.Random(5)
+    asked = ask(sums(60), [Question("?", "q")], [RuleJudge(lambda text: draw.uniform(0.1, 0.9))], [WAY])
+    assert any("cannot tell right from wrong" in said for said in asked.verdicts[0].complaints)
+    assert conclusions(asked)[-1].startswith("No question has signal")
+
+
+def test_numbers_are_means_over_completions_and_groups() -> None:
+    groups = [
+        [Candidate(Sample("p", "x 0.2")), Candidate(Sample("p", "x 0.6"))],
+        [Candidate(Sample("q", "x 0.4")), Candidate(Sample("q", "x 0.4"))],
+    ]
+    judge = RuleJudge(lambda text: float(re.findall(r"x ([\d.]+)", text)[0]))
+    verdict = ask(groups, [Question("?", "q")], [judge], [WAY]).verdicts[0]
+    assert verdict.probability == pytest.approx(0.4)
+    assert verdict.mass == pytest.approx(0.9)
+    assert verdict.spread.value == pytest.approx((math.log(0.6) - math.log(0.2)) / 2 / 2)
+    assert verdict.shift == pytest.approx(0.2)  # each answer exchanged with its counterpart: .2 four times
+    assert verdict.auroc is None
+    assert verdict.completions == 4
+
+
+def test_exchanged_answers_come_from_another_prompt() -> None:
+    groups = sums(5)
+    swapped = exchanged(groups, 8)
+    assert len(swapped) == 8
+    flat = [candidate.sample for group in groups for candidate in group]
+    for place, sample in swapped:
+        assert sample.prompt == flat[place].prompt
+        theirs = next(g for g, group in enumerate(groups) if sample.completion in [c.sample.completion for c in group])
+        assert flat[place].prompt != groups[theirs][0].sample.prompt
+    assert exchanged(groups[:1], 8) == []
+
+
+def test_wordings_are_ranked_and_twins_are_named() -> None:
+    asked = ask(
+        sums(),
+        [Question("Right?", "a"), Question("Correct?", "b"), Question("Nonsense?", "c")],
+        [RuleJudge(lambda text: 0.5 if "Nonsense" in text else (0.8 if is_right(text) else 0.2))],
+        [WAY],
+    )
+    assert {v.question for v in asked.verdicts[:2]} == {"a", "b"}
+    assert asked.verdicts[2].question == "c"
+    assert any(r == pytest.approx(1) for _, _, r in asked.correlations)
+    assert any("say the same" in line for line in conclusions(asked))
+    assert any("interval overlaps" in line for line in conclusions(asked))
+
+
+def test_most_and_least_liked_are_the_ends_of_the_widest_groups() -> None:
+    asked = run(noisy())
+    assert len(asked.liked) == 3
+    for pair in asked.liked:
+        assert pair["most"]["right"] and not pair["least"]["right"]
+        assert pair["most"]["score"] > pair["least"]["score"]
+    assert most_and_least([], [], 3) == []
+
+
+def test_small_statistics() -> None:
+    assert correlation([(1, 2), (2, 4), (3, 6)]) == pytest.approx(1)
+    assert correlation([(1, 2), (1, 4), (1, 6)]) is None
+    assert correlation([(1, 2)]) is None
+    assert group_stds([[1, 3], [None, 2], [5], []]) == [1.0]
+    interval = bootstrap([0.0, 1.0] * 50)
+    assert interval.value == 0.5
+    assert 0.38 < interval.low < 0.42 < 0.58 < interval.high < 0.62
+    assert math.isnan(bootstrap([]).value)
+    assert not labelled([[Candidate(Sample("p", "c"), None)]])
+    assert not labelled([[Candidate(Sample("p", "c"), True)]])
+
+
+def config(**data: Any) -> Config:
+    return Config.model_validate(
+        {"model": "m", "data": {"train": "x.jsonl", "prompt": "question", **data}, "questions": {"q": "Right?"}}
+    )
+
+
+def rows(folder: Path, *records: dict[str, Any]) -> str:
+    path = folder / "answers.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def test_files_are_grouped_by_prompt_and_labels_stay_hidden(tmp_path: Path) -> None:
+    source = rows(
+        tmp_path,
+        {"question": "1 + 1?", "text": "2", "ok": True, "topic": "sums"},
+        {"question": "2 + 2?", "text": "5", "ok": 0, "topic": "sums"},
+        {"question": "1 + 1?", "text": "3", "ok": "no", "topic": "sums"},
+    )
+    groups = read_candidates(config(), source, completion="text", label="ok")
+    assert [[c.sample.completion for c in group] for group in groups] == [["2", "3"], ["5"]]
+    assert [[c.right for c in group] for group in groups] == [[True, False], [False]]
+    for group in groups:
+        for candidate in group:
+            assert candidate.sample.columns.keys() == {"question", "topic"}
+    assert len(read_candidates(config(), source, completion="text", prompts=1)) == 1
+
+
+def test_gold_labels_completions_and_stays_hidden(tmp_path: Path) -> None:
+    source = rows(
+        tmp_path,
+        {"question": "1 + 1?", "text": "so \\boxed{2}", "answer": "#### 2"},
+        {"question": "1 + 1?", "text": "so \\boxed{3}", "answer": "#### 2"},
+    )
+    (group,) = read_candidates(config(answer="answer"), source, completion="text")
+    assert [c.right for c in group] == [True, False]
+    assert [c.sample.answer for c in group] == ["2", "3"]
+    assert all("answer" not in c.sample.columns for c in group)
+
+
+@pytest.mark.parametrize(
+    "record, label, message",
+    [
+        ({"question": "q", "text": "t", "ok": "maybe"}, "ok", r"row 1: column 'ok' is 'maybe', expected true/false"),
+        ({"question": "q", "text": "t", "ok": None}, "ok", "column 'ok' is None"),
+        ({"question": "q", "text": 3, "ok": 1}, "ok", "row 1: column 'text' is 3, expected a text"),
+        ({"question": "q", "text": "t"}, "ok", "has no column 'ok'; its columns: question, text"),
+        ({"question": "q", "words": "t"}, None, "has no column 'text'"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path: Path, record: dict[str, Any], label: str | None, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_candidates(config(), rows(tmp_path, record), completion="text", label=label)
+
+
+def invoke(*arguments: str) -> Any:
+    app = Typer()
+    app.command()(ask_command)
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"})
+
+
+def test_the_command_samples_asks_and_writes(tmp_path: Path, tiny_policy_dir: Path) -> None:
+    path = write_config(tmp_path, tiny_policy_dir)
+    out = tmp_path / "ask.json"
+    result = invoke(
+        str(path), "--prompts", "3", "--samples", "2", "--template", "reply", "--template", "chat",
+        "--readout", "yes_no", "--ask", "Is it about {{ topic }}?", "--json", str(out),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "6 answers to 3 prompts" in result.output
+    content = json.loads(out.read_text())
+    assert len(content["verdicts"]) == 2 * 3  # templates x questions
+    assert {v["question"] for v in content["verdicts"]} == {"correct", "brief", "Is it about {{ topic }}?"}
+    assert all(v["failures"] == {} for v in content["verdicts"])
+
+
+def test_the_command_reads_a_file_and_shows_hostile_text_as_text(tmp_path: Path, tiny_policy_dir: Path) -> None:
+    path = write_config(tmp_path, tiny_policy_dir)
+    source = rows(
+        tmp_path,
+        {"question": "1 + 1?", "answer": "#### 2", "text": "\x1b[31m[red]2[/red] [/]", "topic": "x"},
+        {"question": "1 + 1?", "answer": "#### 2", "text": "a much longer answer: 3", "topic": "x"},
+        {"question": "2 + 2?", "answer": "#### 4", "text": "4", "topic": "x"},
+        {"question": "2 + 2?", "answer": "#### 4", "text": "5", "topic": "x"},
+    )
+    result = invoke(str(path), "--data", source, "--completion", "text")
+    assert result.exit_code == 0, result.output
+    assert "AUROC" in result.output
+    assert "[red]2[/red] [/]" in result.output
+    assert "\x1b" not in result.output
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--label", "ok"], "--label names a column of --data"),
+        (["--template", "papr"], "--template 'papr' is unknown: expected auto, paper"),
+        (["--readout", "letters"], "--readout 'letters' is unknown"),
+        (["--data", "nothing.jsonl"], "nothing.jsonl"),
+        (["--ask", "Is it about {{ tpic }}?", "--prompts", "1", "--samples", "2"], "topic"),
+    ],
+)
+def test_bad_arguments_end_in_a_sentence(
+    tmp_path: Path, tiny_policy_dir: Path, arguments: list[str], message: str
+) -> None:
+    result = invoke(str(write_config(tmp_path, tiny_policy_dir)), *arguments)
+    assert isinstance(result.exception, InputError)
+    assert message in str(result.exception)
+
+
+def test_no_question_at_all(tmp_path: Path, tiny_policy_dir: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "model": str(tiny_policy_dir),
+                "data": {"train": str(write_config(tmp_path, tiny_policy_dir).parent / "prompts.jsonl"),
+                         "prompt": "question", "answer": "answer"},
+                "reward": "rlvr",
+                "evaluators": [],
+            }
+        )
+    )  # fmt: skip
+    result = invoke(str(path))
+    assert isinstance(result.exception, InputError)
+    assert "there is no question" in str(result.exception)
