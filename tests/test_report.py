@@ -129,6 +129,15 @@ def test_nothing_independent_of_the_reward_is_said(tmp_path: Path) -> None:
     assert any("Nothing independent of the reward is measured" in text for text in texts)
 
 
+def test_a_starting_model_better_than_every_checkpoint_is_said(tmp_path: Path) -> None:
+    values = {0: 0.9, 1: 0.5, 2: 0.6}
+    lines = [{"step": step, "reward": -1.0, "eval/gold/accuracy": value} for step, value in values.items()]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    texts = [finding.text for finding in findings(read_run(tmp_path))]
+    assert any("Best checkpoint by gold accuracy on held-out prompts: step 2 (0.6)" in text for text in texts)
+    assert "The starting model (0.9) is better by gold accuracy than every checkpoint." in texts
+
+
 @pytest.mark.parametrize("content", ["empty", "no steps", "not a run", "a file"])
 def test_folders_with_nothing_in_them(tmp_path: Path, content: str) -> None:
     folder = tmp_path / "run"

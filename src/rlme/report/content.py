@@ -212,13 +212,16 @@ def start_and_now(run: Run, key: str) -> tuple[float, float] | None:
 
 
 def best_heldout(run: Run) -> tuple[str, dict[int, float]] | None:
-    """What the best checkpoint is chosen by, and its measurements: gold, else a held-out evaluator."""
+    """What the best checkpoint is chosen by, and its measurements: gold, else a held-out evaluator.
+
+    Step 0 is left out when there are others: of the starting model there is no checkpoint.
+    """
     keys = [f"eval/{GOLD}"]
     keys += [f"eval/judge/{e}/{q}/probability" for e, q in sorted(judges(run)) if run.weight(e, q) == 0]
     for key in keys:
-        steps, values = run.series(key)
-        if values:
-            return key.removeprefix("eval/"), dict(zip(steps, values, strict=True))
+        measured = dict(zip(*run.series(key), strict=True))
+        if measured:
+            return key.removeprefix("eval/"), {s: v for s, v in measured.items() if s > 0} or measured
     return None
 
 
@@ -229,22 +232,8 @@ def failures(run: Run) -> tuple[Counter[str], float]:
         for key, value in record.items():
             if key.startswith("judge/") and "/failures/" in key:
                 kinds[key.rsplit("/", 1)[1]] += int(value)
-    completions = sum(count_completions(run).values())
-    asked = completions * len(judges(run))
+    asked = run.completions * len(judges(run))
     return kinds, kinds.total() / asked if asked else 0.0
-
-
-def count_completions(run: Run) -> dict[int, int]:
-    """Completions of each step, from the Parquet files' footers."""
-    import pyarrow.parquet as pq
-
-    counts = {}
-    for step, path in run.rollout_files().items():
-        try:
-            counts[step] = pq.read_metadata(path).num_rows
-        except (OSError, ValueError):  # cut off: said where the samples are read
-            continue
-    return counts
 
 
 def tiles(run: Run) -> list[Tile]:
@@ -268,7 +257,9 @@ def tiles(run: Run) -> list[Tile]:
         result.append(Tile("failed judgements", f"{kinds.total():,}", f"{share:.1%} of all"))
     if (elapsed := spending(run).seconds) and run.training:
         total = sum(elapsed.values())
-        result.append(Tile("time", duration(total, rough=True), f"{total / len(run.training):.1f} s a step"))
+        step_seconds = run.series("time/step")[1]
+        note = f"{fmean(step_seconds):.3g} s a step" if step_seconds else ""
+        result.append(Tile("time", duration(total, rough=True), note))
     if (cost := spending(run).cost) is not None:
         result.append(Tile("cost", short(cost), "as priced in the configuration"))
     return result
@@ -291,6 +282,11 @@ def findings(run: Run) -> list[Finding]:
                     f"the last measurement, at step {max(measured)}, is {short(measured[max(measured)])}.",
                 )
             )
+            before = dict(zip(*run.series(f"eval/{key}"), strict=True)).get(0)
+            if before is not None and before > measured[step]:
+                said.append(
+                    Finding("warn", f"The starting model ({short(before)}) is better by {what} than every checkpoint.")
+                )
     else:
         said.append(
             Finding(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -82,6 +83,17 @@ class Run:
         """step -> Parquet file, in order."""
         paths = sorted((self.folder / ("eval" if held_out else "rollouts")).glob("step-*.parquet"))
         return {int(path.stem.split("-")[1]): path for path in paths if path.stem.split("-")[1].isdigit()}
+
+    @cached_property
+    def completions(self) -> int:
+        """Completions in the rollouts, from the Parquet files' footers; a broken file counts nothing."""
+        import pyarrow.parquet as pq
+
+        count = 0
+        for path in self.rollout_files().values():
+            with contextlib.suppress(OSError, ValueError):  # said where the samples are read
+                count += pq.read_metadata(path).num_rows
+        return count
 
 
 def _label(evaluator: Mapping[str, Any]) -> str:

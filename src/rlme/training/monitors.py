@@ -273,6 +273,11 @@ class Alarm:
         """The checkpoint to keep: last step of the best stretch before the first alarm. None while silent."""
         return min(self._fired.values()) if self._fired else None
 
+    @property
+    def candidates(self) -> set[int]:
+        """Steps that `before` may name at a later measurement: their checkpoints are worth keeping."""
+        return {last for series in self._series.values() for _, _, last in series.best.values()}
+
     def _error(self, level: float) -> float:
         return max(0.02, math.sqrt(max(level * (1 - level), 0.0) / self.prompts))
 
