@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from rlme.errors import InputError, RunStopped
 from rlme.evaluators import endpoint_tokens
 from rlme.evaluators.base import Evaluator
-from rlme.evaluators.endpoint import EndpointEvaluator
+from rlme.evaluators.endpoint import EndpointEvaluator, families
 from rlme.evaluators.endpoint_config import EndpointConfig, Prices
 from rlme.judgement import Failure, Message, Request
 from tests import fake_endpoint as fake
@@ -79,6 +79,22 @@ def test_order_of_answers_is_the_order_of_requests_whatever_the_timing(token_ser
         assert answer.logprobs == pytest.approx(truth(request))
     assert 2 <= token_server.most_active <= 16
     judge.close()
+
+
+def test_families_share_a_beginning_and_leave_nobody_idle() -> None:
+    requests = [
+        ask(f"{'long text ' * 20}{completion}{'tail ' * 30} question {q}?")
+        for completion in range(64)
+        for q in range(3)
+    ]
+    found = families(requests, 8)
+    assert [i for family in found for i in family] == list(range(192))
+    assert max(map(len, found)) == 6 and len(found) >= 4 * 8
+    assert families(requests, 64) == [[i] for i in range(192)]
+    assert families([ask("a"), ask("b")], 1) == [[0], [1]]
+    unrelated = [ask(str(i) + "x" * 50) for i in range(40)]
+    assert len(families(unrelated, 1)) > 30
+    assert families([], 4) == []
 
 
 def test_start_returns_at_once(token_server: Any) -> None:

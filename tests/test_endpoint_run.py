@@ -1,4 +1,4 @@
-"""Whole training runs judged over HTTP: faults that pass leave no trace, an outage stops the run with its state saved."""
+"""Whole training runs judged over HTTP: faults that pass leave no trace, an outage stops with the state saved."""
 
 from __future__ import annotations
 

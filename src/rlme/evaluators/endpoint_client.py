@@ -53,7 +53,6 @@ class EndpointClient:
             max_retries=0,
             timeout=config.deadline,
         )
-        self._slots = asyncio.Semaphore(config.concurrency)
         self._requests = Pace(config.requests_per_minute)
         self._tokens = Pace(config.tokens_per_minute)
         self._gate = Gate()
@@ -115,23 +114,22 @@ class EndpointClient:
         self, path: str, body: dict[str, Any] | None, read: Callable[[Any], Reply], tokens_in: int, tokens_out: int
     ) -> tuple[Reply, Usage]:
         estimate = tokens_in + tokens_out
-        async with self._slots:
-            await self._gate.passed()
-            if not estimate:
-                return read(await self._send(path, body)), Usage()
-            reserved = self.account.reserve(tokens_in, tokens_out)
-            usage = Usage()
-            try:
-                await self._requests.take()
-                await self._tokens.take(estimate)
-                self.account.calls += 1
-                reply = await self._send(path, body)
-                usage = read_usage(reply)
-                return read(reply), usage
-            finally:
-                self.account.settle(reserved, usage)
-                if usage.tokens_in:
-                    self._tokens.correct(usage.tokens_in + usage.tokens_out - estimate)
+        await self._gate.passed()
+        if not estimate:
+            return read(await self._send(path, body)), Usage()
+        reserved = self.account.reserve(tokens_in, tokens_out)
+        usage = Usage()
+        try:
+            await self._requests.take()
+            await self._tokens.take(estimate)
+            self.account.calls += 1
+            reply = await self._send(path, body)
+            usage = read_usage(reply)
+            return read(reply), usage
+        finally:
+            self.account.settle(reserved, usage)
+            if usage.tokens_in:
+                self._tokens.correct(usage.tokens_in + usage.tokens_out - estimate)
 
     async def _send(self, path: str, body: dict[str, Any] | None) -> Any:
         """One request on the wire; returns the decoded JSON."""

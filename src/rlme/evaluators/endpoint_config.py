@@ -42,7 +42,8 @@ class EndpointConfig(BaseModel):
     api_key_env: str | None = None
     """Name of the environment variable with the key. The key itself never stands in a file."""
     concurrency: int = Field(16, ge=1, le=4096)
-    """Calls under way at the same time."""
+    """Requests under way at the same time. A request's own calls, and neighbours that share most of their text, follow
+    each other, so that they find the server's prefix cache warm."""
     requests_per_minute: float | None = Field(None, gt=0)
     """Calls started per minute, evenly spaced. Default: no limit."""
     tokens_per_minute: float | None = Field(None, gt=0)

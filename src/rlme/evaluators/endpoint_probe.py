@@ -38,7 +38,11 @@ async def _model(client: EndpointClient, config: EndpointConfig) -> tuple[str, d
     try:
         listed, _ = await client.call("/models", None, lambda reply: reply)
     except CallFailed as failure:
-        if failure.status == 404 and config.model:
+        if (
+            failure.kind in (Failure.REFUSED, Failure.SERVER_ERROR)
+            and failure.status not in (401, 403)
+            and config.model
+        ):
             return config.model, {}
         raise
     rows = listed.get("data") if isinstance(listed, dict) else None

@@ -127,7 +127,7 @@ class TokenServer:
         """Add the log-probability of token `depth` to each of `rows`, which agree on all tokens before it."""
         heads = sorted({wanted[i][depth] for i in rows})
         top = await self._next(context, heads, found)
-        deeper = []
+        deeper: list[tuple[int, list[int]]] = []
         for head in heads:
             mine = [i for i in rows if wanted[i][depth] == head]
             for i in mine:
@@ -139,8 +139,9 @@ class TokenServer:
                     found.logprobs[i] = None if top.floor is None or so_far is None else so_far + top.floor
             further = [i for i in mine if head in top.by_id and len(wanted[i]) > depth + 1]
             if further:
-                deeper.append(self._walk([*context, head], depth + 1, further, wanted, found))
-        await asyncio.gather(*deeper)
+                deeper.append((head, further))
+        for head, further in deeper:  # one after the other: each finds the context where the last call left it
+            await self._walk([*context, head], depth + 1, further, wanted, found)
 
     async def _next(self, context: list[int], heads: list[int], found: Found) -> NextTokens:
         count = min(self.top, FIRST_TOP)
