@@ -214,6 +214,7 @@ def test_the_command_samples_asks_and_writes(tmp_path: Path, tiny_policy_dir: Pa
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "6 answers to 3 prompts" in result.output
+    assert "correlation of the scores" in result.output
     content = json.loads(out.read_text())
     assert len(content["verdicts"]) == 2 * 3  # templates x questions
     assert {v["question"] for v in content["verdicts"]} == {"correct", "brief", "Is it about {{ topic }}?"}

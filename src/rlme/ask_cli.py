@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from rlme.evaluators.base import Evaluator
     from rlme.select import Report
 
+CORRELATIONS = 12
+"""Strongest correlations to print; --json has all."""
+
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="Configuration file, or a shipped recipe.")]
 Overrides = Annotated[
     list[str] | None,
@@ -240,6 +243,13 @@ def _print_asked(asked: Asked, groups: Groups, console: Console) -> None:
         what = (Text(plain(v.question, 60)), Text(plain(v.evaluator, 24)), f"{v.template}/{v.readout}")
         rows.add_row(*what, *numbers, style=style)
     console.print(rows)
+    if asked.correlations:
+        same = Table(title="correlation of the scores of two questions asked in the same way", title_justify="left")
+        for name in ("", "", "correlation"):
+            same.add_column(name, justify="right" if name else "left")
+        for one, two, r in sorted(asked.correlations, key=lambda item: -abs(item[2]))[:CORRELATIONS]:
+            same.add_row(Text(plain(one, 80)), Text(plain(two, 80)), f"{r:.2f}")
+        console.print(same)
     for pair in asked.liked:
         sides = Table(title=Text(plain(pair["prompt"][-400:], 400)), title_justify="left", expand=True, show_lines=True)
         for name in ("most", "least"):
