@@ -126,7 +126,7 @@ def test_a_changed_stage_is_done_anew_and_all_after_it(finished, tmp_path):
     changed = copy_of(config, tmp_path, judge=config.judge.model_copy(update={"protocol": "base"}), compare=None)
     _, said = run(changed)
     assert "sft: done before" in said and "sample: done before" in said
-    assert "judge: done before" not in said and "dpo: done before" not in said
+    assert "judge: its inputs have changed, done anew" in said and "dpo: done before" not in said
 
 
 def test_an_interrupted_stage_continues_where_it_was(finished, tmp_path, monkeypatch):
@@ -197,7 +197,7 @@ def test_interrupted_training_ends_with_the_same_weights(finished, tmp_path):
 
 
 def use_judge(monkeypatch, evaluator) -> None:
-    monkeypatch.setattr(pipeline, "build_evaluators", lambda *a: [evaluator])
+    monkeypatch.setattr(pipeline, "build_evaluators", lambda *a, **k: [evaluator])
 
 
 def test_two_rounds_from_the_new_model(tmp_path, tiny_policy_dir, monkeypatch):

@@ -159,6 +159,15 @@ def test_labels_that_a_tokenizer_cannot_keep_apart():
         PairwiseJudge([Cannot()], PROTOCOLS["base"])
 
 
+def test_a_tokenizer_without_the_labels(tiny_word_dir):
+    from rlme.evaluators.local import LocalEvaluator
+    from rlme.models import load_model, load_tokenizer
+
+    evaluator = LocalEvaluator(load_model(tiny_word_dir), load_tokenizer(tiny_word_dir), name="words")
+    with pytest.raises(InputError, match=r"evaluator 'words' cannot be asked for the label 'a' .*'a', 'A'"):
+        PairwiseJudge([evaluator], PROTOCOLS["base"])
+
+
 def test_weights_must_fit():
     with pytest.raises(InputError, match="one positive number for each of 1 evaluators"):
         PairwiseJudge([FakeJudge()], PROTOCOLS["base"], weights=[1, 2])

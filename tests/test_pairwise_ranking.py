@@ -4,6 +4,8 @@ import json
 from itertools import combinations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rlme.align.judge import PairwiseJudge
 from rlme.align.pairs import Pair, choose, require_pairs
@@ -11,7 +13,8 @@ from rlme.align.protocols import PROTOCOLS
 from rlme.align.ranking import Candidates, Ranking, calls_needed, instruction_text, rank
 from rlme.align.reward import PairwiseReward
 from rlme.errors import InputError, RunStopped
-from tests.fake_judge import FakeJudge
+from rlme.judgement import Answer, Failure
+from tests.fake_judge import FakeJudge, sections, text_of
 
 WORDS = "one two three four five six seven eight"
 
@@ -80,6 +83,35 @@ def test_a_candidate_that_cannot_be_judged_costs_itself_only(schedule):
     assert None not in found.scores[:4]
     assert (found.best, found.worst) == (3, 0)
     assert found.failures == {"timeout": calls_needed(5, schedule) - calls_needed(4, schedule)}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(2, 6),
+    failing=st.sets(st.frozensets(st.integers(0, 5), min_size=2, max_size=2), max_size=8),
+    schedule=st.sampled_from(["ordered", "unordered", "tournament"]),
+)
+def test_whatever_fails_scores_come_from_complete_comparisons(n, failing, schedule):
+    group = texts(n)
+
+    class Flaky(FakeJudge):
+        def _one(self, request):
+            parts = sections(text_of(request.context))
+            shown = frozenset(len(parts[k].split()) - 1 for k in ("output_a", "output_b"))
+            if shown in failing:
+                return Answer.failed(Failure.TIMEOUT)
+            return super()._one(request)
+
+    found = ranked(Flaky(), group, schedule)
+    known = [i for i, s in enumerate(found.scores) if s is not None]
+    if schedule != "tournament":
+        assert not any(frozenset(pair) in failing for pair in combinations(known, 2))
+        assert known == sorted(known, key=lambda i: found.scores[i])  # the true order
+        assert (found.best is None) == (len(known) < 2)
+    for i in known:
+        assert 0 <= found.scores[i] <= 1
+    if found.best is not None:
+        assert found.scores[found.best] >= found.scores[found.worst]
 
 
 def test_a_failed_match_ends_a_tournament_without_a_pair_or_with_a_sound_one():

@@ -14,8 +14,13 @@ Self = Callable[[str], Evaluator]
 """Gives the policy as an evaluator: `live`, or `frozen` as it was before the first preference update."""
 
 
-def build_evaluators(configs: Sequence[EvaluatorConfig], policy: Self | None = None) -> list[Evaluator]:
+def build_evaluators(
+    configs: Sequence[EvaluatorConfig], policy: Self | None = None, **options: int | None
+) -> list[Evaluator]:
     """One evaluator per entry, in order, under the names that tables show.
+
+    `options`: `max_context_tokens`, the longest context any of them is given (None: its own limit), and `token_budget`
+    of those in this process.
 
     Raises:
         InputError: two entries of one name; `live` or `frozen` where there is no policy; a model that cannot be had.
@@ -23,15 +28,16 @@ def build_evaluators(configs: Sequence[EvaluatorConfig], policy: Self | None = N
     names = [config.label for config in configs]
     if duplicate := next((n for n in names if names.count(n) > 1), None):
         raise InputError(f"two judges are called {duplicate!r}: give one of them another `name`.")
-    return [_build(config, policy) for config in configs]
+    return [_build(config, policy, options) for config in configs]
 
 
-def _build(config: EvaluatorConfig, policy: Self | None) -> Evaluator:
+def _build(config: EvaluatorConfig, policy: Self | None, options: dict[str, int | None]) -> Evaluator:
     chat = {"auto": None, "chat": True, "completion": False}[config.style]
     if config.endpoint is not None:
         from rlme.evaluators.endpoint import EndpointEvaluator
 
-        return EndpointEvaluator(config.endpoint, name=config.label, chat=chat)
+        longest = options.get("max_context_tokens")
+        return EndpointEvaluator(config.endpoint, name=config.label, chat=chat, max_context_tokens=longest)
     assert config.model is not None
     if config.model in ("live", "frozen"):
         if policy is None:
@@ -47,6 +53,7 @@ def _build(config: EvaluatorConfig, policy: Self | None) -> Evaluator:
         trust_remote_code=config.trust_remote_code,
         load_in_4bit=config.load_in_4bit,
         chat=chat,
+        **options,
     )
 
 

@@ -302,7 +302,9 @@ class Alignment:
                 advance(1)
         matches = [winrates.Match(**(row | {"lengths": tuple(row["lengths"])})) for row in lines.read()]
         rows = winrates.table(matches, names, resamples=compare.resamples, seed=config.seed)
-        judged = f"{', '.join(e.name for e in judge.evaluators)} with protocol {protocol.name}"
+        first_model = "the starting model" if config.sft is None else "the model after sft"
+        judges = [first_model if e.name in ("live", "frozen") else e.name for e in judge.evaluators]
+        judged = f"{', '.join(judges)} with protocol {protocol.name}"
         result = {"win_rates": rows, "models": models, "judged_by": judged, "seed": config.seed}
         (stage.folder / "results.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         (stage.folder / "report.md").write_text(winrates.markdown(rows, judged), encoding="utf-8")
@@ -358,16 +360,19 @@ class Alignment:
         if which == "compare" and self.config.compare is not None:
             configs = self.config.compare.evaluators
 
+        longest = self.config.judge.judging.max_context_tokens
+        options: dict[str, Any] = {"token_budget": self.config.token_budget, "max_context_tokens": longest}
+
         def policy(kind: str) -> Evaluator:
             path = live if kind == "live" else first
-            model, budget = self._model(path), self.config.token_budget
-            return LocalEvaluator(lambda: _reading(model), self.tokenizer, name=kind, token_budget=budget)
+            model = self._model(path)
+            return LocalEvaluator(lambda: _reading(model), self.tokenizer, name=kind, **options)
 
         if all(c.model not in ("live", "frozen") for c in configs):
             if which not in self._others:  # the same in every round
-                self._others[which] = build_evaluators(configs)
+                self._others[which] = build_evaluators(configs, **options)
             return self._others[which]
-        return build_evaluators(configs, policy)
+        return build_evaluators(configs, policy, **options)
 
     def _model(self, source: str) -> Any:
         """The model at `source`, kept until another one is asked for."""
@@ -393,6 +398,8 @@ class Alignment:
     def _skip(self, stage: Stage, title: str) -> bool:
         if stage.done:
             self._say(f"{title}: done before, skipped")
+        elif stage.stale:
+            self._say(f"{title}: its inputs have changed, done anew")
         return stage.done
 
     def _finish(self, stage: Stage, title: str, info: dict[str, Any]) -> None:

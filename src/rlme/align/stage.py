@@ -40,6 +40,11 @@ class Stage:
         return state.get("inputs") == self.inputs and bool(state.get("done"))
 
     @property
+    def stale(self) -> bool:
+        """Whether the folder holds results of other inputs, which `begin` will remove."""
+        return self._state().get("inputs") not in (None, self.inputs)
+
+    @property
     def info(self) -> dict[str, Any]:
         """What `finish` was told."""
         found = self._state().get("info", {})

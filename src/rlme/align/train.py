@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import gc
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from rich.progress import Progress
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from rlme.align.config import AlignConfig, OptimConfig
+from rlme.align.config import AlignConfig, DPOStage, SFTStage
 from rlme.align.pairs import Pair
 from rlme.errors import InputError
 
@@ -33,8 +34,6 @@ def sft(config: AlignConfig, model: Any, tokenizer: Any, examples: Sequence[Exam
     """Fine-tune on `prompt` -> `completion` examples and save the model under `folder`/model."""
     assert config.sft is not None
     settings = _settings(config, config.sft, folder, len(examples)) | {
-        "learning_rate": config.sft.learning_rate,
-        "warmup_steps": config.sft.warmup,
         "lr_scheduler_type": "linear",
         "completion_only_loss": True,
     }
@@ -52,8 +51,6 @@ def dpo(config: AlignConfig, model: Any, tokenizer: Any, pairs: Sequence[Pair], 
     The reference log-probabilities are computed once, before the first update, so no second model is held.
     """
     settings = _settings(config, config.dpo, folder, len(pairs)) | {
-        "learning_rate": config.dpo.learning_rate,
-        "warmup_steps": config.dpo.warmup,
         "lr_scheduler_type": "cosine",
         "beta": config.dpo.beta,
         "loss_type": ["sigmoid"],
@@ -79,15 +76,19 @@ def as_answer(prompt: Any, text: str) -> Any:
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
-def _settings(config: AlignConfig, stage: OptimConfig, folder: Path, examples: int) -> dict[str, Any]:
+def _settings(config: AlignConfig, stage: SFTStage | DPOStage, folder: Path, examples: int) -> dict[str, Any]:
     batch = min(stage.batch_size, examples)
     device_batch = min(stage.device_batch_size, batch)
+    updates = math.ceil(examples / batch) * stage.epochs
     return {
         "output_dir": str(folder / "checkpoints"),
         "num_train_epochs": stage.epochs,
         "per_device_train_batch_size": device_batch,
         "gradient_accumulation_steps": max(1, batch // device_batch),
         "max_length": stage.max_tokens,
+        "learning_rate": stage.learning_rate,
+        # Rounded down: given as a share, it is rounded up, and the only update of a small run would have rate 0.
+        "warmup_steps": int(stage.warmup * updates),
         "weight_decay": 0.0,
         "seed": config.seed,
         "data_seed": config.seed,

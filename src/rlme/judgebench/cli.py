@@ -149,7 +149,7 @@ def _judge(settings: Any, folder: Path | None, console: Console) -> list[Run]:
         load_protocol(name)
     sets = load_sets(settings)  # read before a model is loaded
     _quiet()
-    evaluators = build_evaluators(settings.judges)
+    evaluators = build_evaluators(settings.judges, max_context_tokens=settings.judging.max_context_tokens)
     jobs = list(plan(settings, sets, evaluators))
     made = _earlier(folder)
     left = [job for job in jobs if job.inputs not in made]

@@ -38,7 +38,7 @@ _FRACTIONS = ("length_bias", "auroc", "auroc_within_prompt", "brier", "ece", "sh
 """Shown as they are; every other metric is a share, shown in per cent."""
 
 NOTES = """\
-Intervals are 95 % percentile bootstraps over prompts. Accuracies are over items judged in both orders; \
+Shares are in per cent, with 95 % percentile bootstrap intervals over prompts. Accuracies are over items judged in both orders; \
 failed judgements are counted, never scored. *Prefers what is shown first* is 50 % for a judge without \
 position bias. *Length bias* of pairs: share of verdicts for the longer output, averaged over the items \
 where it is better and those where it is worse, minus one half (0: none); of single answers: rank \
