@@ -1,4 +1,7 @@
-"""Run folders as training writes them, without training: a run that learns and then games its evaluator."""
+"""Run folders as training writes them, without training: a run that learns and then games its evaluator.
+
+python -m tests.synthetic_run FOLDER    # write one, for a look at the report
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ QUESTIONS = {"correct": ("Is the answer correct?", 1.0), "concise": ("Is the sol
 
 def config(steps: int, seed: int, *, gold: bool = True, learning_rate: float = 2e-6) -> dict[str, Any]:
     return {
-        "model": {"path": "Qwen/Qwen3-4B-Base", "dtype": "float32"},
+        "model": {"path": "made-up/policy", "dtype": "float32"},
         "data": {"train": "gsm8k/train.jsonl", "eval": "gsm8k/test.jsonl", "answer": "answer" if gold else None},
         "questions": {name: {"ask": ask, "weight": weight} for name, (ask, weight) in QUESTIONS.items()},
         "evaluators": [{"model": name, "name": name, "weight": weight} for name, weight in EVALUATORS.items()],
@@ -37,7 +40,7 @@ def config(steps: int, seed: int, *, gold: bool = True, learning_rate: float = 2
             "git_commit": "0123456789abcdef",
             "seed": seed,
             "started": "2026-11-21T09:00:00",
-            "machine": "1 x H200",
+            "machine": "made up",
         },
     }
 
@@ -185,3 +188,9 @@ def write_run(
         folder.append_metrics(record)
     assert gold or GOLD not in record
     return path
+
+
+if __name__ == "__main__":
+    import sys
+
+    print(write_run(Path(sys.argv[1]), steps=150, prompts=8))
