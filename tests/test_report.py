@@ -248,6 +248,29 @@ def test_the_terminal_says_what_the_page_says(run_folder: Path) -> None:
     assert once.file.getvalue() == console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def test_watch_shows_a_run_again_when_it_has_grown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 1, "reward": -1.0}\n')
+    looks = []
+
+    def sleep(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 2:
+            with open(metrics, "a") as file:
+                file.write('{"step": 2, "reward": -0.5}\n{"step": 3, "rew')  # a line being written
+        if len(looks) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("rlme.report.terminal.time.sleep", sleep)
+    console = Console(file=StringIO(), width=160, height=60, force_terminal=True, legacy_windows=False)
+    watch(tmp_path, every=0.5, once=False, console=console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert looks == [0.5] * 4
+    assert text.count("step 1, Ctrl-C ends the view") == 1
+    assert text.count("step 2, Ctrl-C ends the view") == 1
+    assert "The last line of metrics.jsonl is cut off" in text
+
+
 def test_a_run_cannot_drive_the_terminal(tmp_path: Path) -> None:
     record = {
         "step": 1,
