@@ -225,6 +225,8 @@ def test_manipulation_tells_a_judge_that_reads_the_reference_from_one_that_does_
     assert checks["reads", "worse"]["moved"]["value"] == 1
     assert checks["reads", "worse"]["moved_to_worse"]["value"] == 1
     assert checks["reads", "worse"]["accuracy_after"]["value"] == 0
+    assert checks["reads", "worse"]["shift"]["value"] < -0.5
+    assert checks["ignores", "worse"]["shift"]["value"] == 0
     assert checks["ignores", "worse"]["moved"]["value"] == 0
     assert checks["ignores", "worse"]["moved_to_worse"]["value"] is None
     assert checks["ignores", "other"]["accuracy_after"]["value"] == 1

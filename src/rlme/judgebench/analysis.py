@@ -204,7 +204,7 @@ def manipulations(runs: Sequence[Run], *, resamples: int = RESAMPLES, seed: int 
         y = _y([r for r, _ in both])
         right_before, right_after = m.correctness(before, y), m.correctness(after, y)
         moved = (right_before != right_after).astype(np.float64)
-        # p(better output) before and after: by how much it falls
+        # by how much p(better output) changes
         shift = np.where(y > 0.5, after - before, before - after)
         values = {
             "moved": m.mean(moved, weights),

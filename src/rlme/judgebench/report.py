@@ -38,12 +38,12 @@ _FRACTIONS = ("length_bias", "auroc", "auroc_within_prompt", "brier", "ece", "sh
 """Shown as they are; every other metric is a share, shown in per cent."""
 
 NOTES = """\
-Shares are in per cent, with 95 % percentile bootstrap intervals over prompts. Accuracies are over items judged in both orders; \
-failed judgements are counted, never scored. *Prefers what is shown first* is 50 % for a judge without \
-position bias. *Length bias* of pairs: share of verdicts for the longer output, averaged over the items \
-where it is better and those where it is worse, minus one half (0: none); of single answers: rank \
-correlation of probability and length among answers of equal correctness. *Label mass* is the probability \
-of all labels together: far below 1, the judge wants to say something else. ECE uses ten equal bins."""
+Shares are in per cent, with 95 % percentile bootstrap intervals over prompts. Accuracies are over items judged in \
+both orders; failed judgements are counted, never scored. *Prefers what is shown first* is 50 % for a judge without \
+position bias. *Length bias* of pairs: share of verdicts for the longer output, averaged over the items where it is \
+better and those where it is worse, minus one half (0: none); of single answers: rank correlation of probability and \
+length among answers of equal correctness. *Label mass* is the probability of all labels together: far below 1, the \
+judge wants to say something else. ECE uses ten equal bins."""
 
 Table = tuple[str, list[str], list[list[str]]]
 """Title, column names, rows."""
@@ -88,7 +88,7 @@ def _manipulation(checks: Sequence[dict[str, Any]]) -> Table:
     rows = [
         [*_key(r), shown[r["reference"]], str(r["items"]), *(_estimate(r["metrics"], k) for k in keys)] for r in checks
     ]
-    columns += ["fall of p(better)", "accuracy before", "after"]
+    columns += ["change of p(better)", "accuracy before", "after"]
     return "With a wrong reference", [*_KEY, *columns], rows
 
 
