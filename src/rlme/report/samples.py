@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import track
 
 from rlme.report.content import best_heldout
+from rlme.report.html import embed
 from rlme.report.run import Run
 from rlme.training.monitors import addresses_evaluator, best_step
 
@@ -25,9 +26,8 @@ Row = dict[str, Any]
 
 STEPS = 60
 """Evenly spaced steps to show."""
-BUDGET = 5_000_000
-"""Size of all samples in the page, in bytes (estimated)."""
-JUDGEMENT = 60
+BUDGET = 6_000_000
+"""Size of all samples in the page, in bytes."""
 NOTABLE = 40
 """Groups taken from other steps for each thing to see."""
 LONGEST = 6000
@@ -75,8 +75,8 @@ def marks(row: Mapping[str, Any], highest: float | None) -> list[str]:
 def choose(run: Run, *, budget: int = BUDGET, steps: int = STEPS) -> Samples:
     """Read rollouts and held-out completions and choose the groups to show."""
     missing: list[str] = []
-    spent, total = 0, 0
-    chosen: list[tuple[int, bool, list[Row]]] = []
+    total = 0
+    page = _Page()
     rest: list[tuple[int, bool, list[Row]]] = []
     for held_out, share in ((False, 0.7), (True, 0.15)):
         files = run.rollout_files(held_out=held_out)
@@ -94,27 +94,18 @@ def choose(run: Run, *, budget: int = BUDGET, steps: int = STEPS) -> Samples:
         # Where not all groups of those steps fit, each step gives the same number, first ones first.
         per_step: dict[int, int] = defaultdict(int)
         order = []
-        for step, _, group in groups:
-            order.append((per_step[step], step, group))
-            per_step[step] += 1
-        limit = spent + int(budget * share)
-        for _, step, group in sorted(order, key=lambda item: item[:2]):
-            if spent + _size(group) <= limit:
-                spent += _size(group)
-                chosen.append((step, held_out, group))
-            else:
-                rest.append((step, held_out, group))
+        for item in groups:
+            order.append((per_step[item[0]], item[0], item))
+            per_step[item[0]] += 1
+        limit = page.spent + int(budget * share)
+        rest += [item for _, _, item in sorted(order, key=lambda o: o[:2]) if not page.add(*item, limit)]
     random.Random(0).shuffle(rest)  # seeded: the same run gives the same page
     notable: set[int] = set()
     for mark in ("failed", "wrong", "disagree", "addresses"):
         with_mark = [i for i, (_, _, group) in enumerate(rest) if i not in notable and _has(group, mark)]
-        for i in with_mark[:NOTABLE]:
-            if spent + _size(rest[i][2]) <= budget:
-                spent += _size(rest[i][2])
-                notable.add(i)
-                chosen.append(rest[i])
-    chosen.sort(key=lambda item: (item[1], item[0], item[2][0]["prompt_index"]))
-    shown = sum(len(group) for _, _, group in chosen)
+        notable |= {i for i in with_mark[:NOTABLE] if page.add(*rest[i], budget)}
+    page.groups.sort(key=lambda g: (g["heldout"], g["step"], g["index"]))
+    shown = sum(len(group["rows"]) for group in page.groups)
     if shown == total:
         rule = f"All {total:,} completions of the run are here." if total else ""
     else:
@@ -124,7 +115,27 @@ def choose(run: Run, *, budget: int = BUDGET, steps: int = STEPS) -> Samples:
             + (f", and {len(notable)} groups with something to see from other steps" if notable else "")
             + ". The Parquet files in rollouts/ have them all."
         )
-    return Samples([_pack(step, held_out, group) for step, held_out, group in chosen], rule, missing)
+    return Samples(page.groups, rule, missing)
+
+
+class _Page:
+    """Groups as they stand in the page, as long as there is room."""
+
+    def __init__(self) -> None:
+        self.spent = 0
+        self.groups: list[dict[str, Any]] = []
+
+    def add(self, step: int, held_out: bool, group: list[Row], limit: int) -> bool:
+        """Take the group in if it fits below `limit`."""
+        if self.spent >= limit:
+            return False
+        packed = _pack(step, held_out, group)
+        size = len(embed(packed).encode())
+        if self.spent + size > limit:
+            return False
+        self.spent += size
+        self.groups.append(packed)
+        return True
 
 
 def _with_bar(files: Mapping[int, Path], what: str) -> Iterable[tuple[int, Path]]:
@@ -163,13 +174,6 @@ def _groups(path: Path) -> list[list[Row]]:
 
 def _has(group: Iterable[Row], mark: str) -> bool:
     return any(mark in row["marks"] for row in group)
-
-
-def _size(group: list[Row]) -> int:
-    texts = [group[0]["prompt"] or "", *(row["completion"] for row in group)]
-    return sum(len(text[:LONGEST].encode()) for text in texts) + sum(
-        200 + JUDGEMENT * len(row["judgements"] or ()) for row in group
-    )
 
 
 def _cut(text: str | None) -> str:
