@@ -294,6 +294,12 @@ def test_bad_configurations(tmp_path, tiny_policy_dir, content, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_several_processes_are_refused(tmp_path, tiny_policy_dir, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="runs in one process"):
+        run(tiny_config(tmp_path, tiny_policy_dir))
+
+
 def test_trl_arguments_are_checked(tmp_path, tiny_policy_dir):
     config = tiny_config(tmp_path, tiny_policy_dir, sft={"trl": {"optimm": "adamw_torch"}})
     with pytest.raises(InputError, match=r"sft.trl.optimm is no argument of TRL's SFTConfig; did you mean 'optim'\?"):

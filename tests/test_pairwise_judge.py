@@ -168,6 +168,35 @@ def test_a_tokenizer_without_the_labels(tiny_word_dir):
         PairwiseJudge([evaluator], PROTOCOLS["base"])
 
 
+@pytest.mark.parametrize("chat", [True, False])
+def test_equals_the_softmax_of_the_letters_by_plain_transformers(tiny_dir, chat):
+    import torch
+
+    from rlme.evaluators.local import LocalEvaluator
+    from rlme.models import load_model, load_tokenizer
+    from rlme.templating import render
+
+    model, tokenizer = load_model(tiny_dir), load_tokenizer(tiny_dir)
+    judge = PairwiseJudge([LocalEvaluator(model, tokenizer, chat=chat)], PROTOCOLS["refmatch"])
+    verdict = judge.judge([PAIR])[0]
+    shown = {"instruction": PAIR.instruction, "reference": PAIR.references[0]}
+    for reading, (a, b) in zip(verdict.readings, [(PAIR.first, PAIR.second), (PAIR.second, PAIR.first)], strict=True):
+        prompt = render(PROTOCOLS["refmatch"].template, shown | {"output_a": a, "output_b": b}, where="test")
+        if chat:
+            turns = [{"role": "user", "content": prompt}]
+            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) + "Output ("
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        else:
+            ids = tokenizer(prompt + "\n\nAnswer: Output (")["input_ids"]
+        with torch.no_grad():
+            p = model(torch.tensor([ids])).logits[0, -1].double().softmax(-1)
+        letters = {c: float(p[tokenizer(c, add_special_tokens=False)["input_ids"][0]]) for c in "aAbB"}
+        p_a, p_b = letters["a"] + letters["A"], letters["b"] + letters["B"]
+        expected = p_a / (p_a + p_b)
+        assert reading.p_first == pytest.approx(1 - expected if reading.swapped else expected, abs=1e-4)
+        assert reading.mass == pytest.approx(p_a + p_b, rel=1e-3)
+
+
 def test_weights_must_fit():
     with pytest.raises(InputError, match="one positive number for each of 1 evaluators"):
         PairwiseJudge([FakeJudge()], PROTOCOLS["base"], weights=[1, 2])

@@ -28,6 +28,8 @@ Orders = Literal["both", "given"]
 CUT_MARK = " [...]"
 SHORTEST_TEXT = 80
 """Characters to which an output may be shortened before the comparison is refused instead."""
+TEMPLATE_ROOM = 512
+"""Tokens that a chat template may add at most, for the quick check that a prompt fits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,6 +281,11 @@ class PairwiseJudge:
         if self.max_tokens is None:
             return texts, False, None
         room = self.max_tokens - (self.critique_tokens if self.protocol.reason else 0)
+
+        # A token is at least a byte: most prompts fit for certain, without a count (with an endpoint, a call each).
+        parts = (self.protocol.template, comparison.instruction, *texts)
+        if sum(len(text.encode()) for text in parts) + TEMPLATE_ROOM <= room:
+            return texts, False, None
 
         def needed(shown: tuple[str, str, str]) -> int | None:
             counts: list[int] = []

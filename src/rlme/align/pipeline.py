@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -52,6 +53,8 @@ class Alignment:
         self.config = config
         self.console = console
         self.folder = config.folder
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise InputError("rlme align runs in one process: start it without accelerate launch or torchrun.")
         load_protocol(config.judge.protocol)  # refused before anything is loaded
         if config.compare is not None and config.compare.protocol is not None:
             load_protocol(config.compare.protocol)
