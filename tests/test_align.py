@@ -346,6 +346,14 @@ def test_a_stage_of_other_inputs_is_removed(tmp_path):
     assert not (stage.folder / "half").exists()
 
 
+def test_a_folder_of_somebody_else_is_not_touched(tmp_path):
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft/thesis.tex").touch()
+    with pytest.raises(InputError, match="is not a stage of `rlme align`"):
+        Stage(tmp_path / "sft", fingerprint(1)).begin()
+    assert (tmp_path / "sft/thesis.tex").exists()
+
+
 def test_win_rates_by_hand():
     matches = [Match(i, "a", "b", p, p, (10, 10)) for i, p in enumerate([0.1, 0.2, 0.9, 0.5])]
     matches.append(Match(4, "a", "b", None, 0.3, (10, 10)))

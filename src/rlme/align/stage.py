@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlme.errors import InputError
+
 STATE = "stage.json"
 
 
@@ -58,6 +60,8 @@ class Stage:
         if self._state().get("inputs") == self.inputs:
             return True
         if self.folder.exists():
+            if any(self.folder.iterdir()) and not (self.folder / STATE).is_file():
+                raise InputError(f"{self.folder} is not a stage of `rlme align`: choose another output folder.")
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True)
         self._write({"inputs": self.inputs, "done": False})
