@@ -322,6 +322,38 @@ def test_saved_verdicts_score_as_when_they_were_made(tmp_path):
         load_recorded(str(tmp_path / "bad.jsonl"))
 
 
+def test_an_interrupted_run_continues_where_it_was(monkeypatch, tmp_path):
+    from rlme.align import evaluators
+    from rlme.judgebench import run as run_module
+
+    source = write_rows(tmp_path / "toy.jsonl", [pair(i, 1 + i % 2) for i in range(6)])
+    monkeypatch.setattr(run_module, "CHUNK", 2)
+
+    class Killed(Exception):
+        pass
+
+    class Dying(FakeJudge):
+        def logprobs(self, requests):
+            if len(self.requests) >= 8:
+                raise Killed
+            return super().logprobs(requests)
+
+    def command(evaluator: FakeJudge, name: str):
+        monkeypatch.setattr(evaluators, "build_evaluators", lambda *a, **k: [evaluator])
+        arguments = ["--judge", "x", "--data", source, "--resamples", "10", "-o", str(tmp_path / name)]
+        return CliRunner().invoke(app, arguments, catch_exceptions=False)
+
+    with pytest.raises(Killed):
+        command(Dying(), "killed")
+    again = FakeJudge()
+    command(again, "killed")
+    assert len(again.requests) == 4  # only the last of three chunks
+    command(FakeJudge(), "whole")
+    assert not list((tmp_path / "killed").glob("unfinished*"))
+    killed, whole = (load_recorded(str(tmp_path / name / "verdicts.jsonl"))[0].records for name in ("killed", "whole"))
+    assert [(r.item, r.given, r.swapped) for r in killed] == [(r.item, r.given, r.swapped) for r in whole]
+
+
 # reports and the command
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import cast
@@ -15,7 +15,7 @@ from rlme.errors import InputError
 from rlme.evaluators.base import Evaluator
 from rlme.judgebench.config import BenchConfig
 from rlme.judgebench.items import BenchSet, PairItem, load_set
-from rlme.judgebench.run import Advance, Run, Shown, judge_pairs, judge_points
+from rlme.judgebench.run import Advance, Record, Run, Shown, judge_pairs, judge_points
 from rlme.judging import Judging, check_templates
 from rlme.questions import Question
 
@@ -28,7 +28,7 @@ class Job:
     items: int
     calls: int
     inputs: str
-    make: Callable[[Advance], Run]
+    make: Callable[[Sequence[Record], Advance], Run]
 
 
 def load_sets(config: BenchConfig) -> list[BenchSet]:
@@ -96,9 +96,24 @@ def _pair_jobs(
         yield Job(title, len(asked), calls, inputs, partial(_pairs, bench, judge, evaluator.name, shown, config.seed))
 
 
-def _pairs(bench: BenchSet, judge: PairwiseJudge, name: str, shown: Shown, seed: int, advance: Advance) -> Run:
-    return judge_pairs(bench, judge, name=name, shown=shown, seed=seed, advance=advance)
+def _pairs(
+    bench: BenchSet,
+    judge: PairwiseJudge,
+    name: str,
+    shown: Shown,
+    seed: int,
+    done: Sequence[Record],
+    advance: Advance,
+) -> Run:
+    return judge_pairs(bench, judge, name=name, shown=shown, seed=seed, done=done, advance=advance)
 
 
-def _points(bench: BenchSet, evaluator: Evaluator, question: Question, judging: Judging, advance: Advance) -> Run:
-    return judge_points(bench, evaluator, question, judging, advance=advance)
+def _points(
+    bench: BenchSet,
+    evaluator: Evaluator,
+    question: Question,
+    judging: Judging,
+    done: Sequence[Record],
+    advance: Advance,
+) -> Run:
+    return judge_points(bench, evaluator, question, judging, done=done, advance=advance)

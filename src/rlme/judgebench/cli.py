@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from rlme.judgebench.run import Run
+    from rlme.judgebench.run import Record, Run
 
 Many = list[str] | None
 
@@ -141,9 +141,10 @@ def _judge(settings: Any, folder: Path | None, console: Console) -> list[Run]:
 
     from rlme.align.evaluators import build_evaluators
     from rlme.align.protocols import load_protocol
+    from rlme.align.stage import Lines
     from rlme.commands import _quiet
     from rlme.judgebench.bench import load_sets, plan
-    from rlme.judgebench.run import save_records
+    from rlme.judgebench.run import as_record, save_records
 
     for name in settings.protocols:
         load_protocol(name)
@@ -168,9 +169,20 @@ def _judge(settings: Any, folder: Path | None, console: Console) -> list[Run]:
         whole = progress.add_task("all items", total=sum(job.items for job in left))
         for job in left:
             progress.update(whole, description=_plain(job.title))
-            made[job.inputs] = replace(job.make(lambda n: progress.advance(whole, n)), inputs=job.inputs)
-            if folder is not None:
+            lines = None if folder is None else Lines(folder / f"unfinished-{job.inputs}.jsonl")
+            # Failed items of an interrupted run are asked again.
+            done = [as_record(row) for row in lines.read() if not row["failures"]] if lines else []
+            progress.advance(whole, len(done))
+
+            def advance(new: Sequence[Record], lines: Lines | None = lines) -> None:
+                progress.advance(whole, len(new))
+                if lines is not None:
+                    lines.append([asdict(record) for record in new])
+
+            made[job.inputs] = replace(job.make(done, advance), inputs=job.inputs)
+            if folder is not None and lines is not None:
                 save_records(made.values(), folder / "verdicts.jsonl")
+                lines.path.unlink(missing_ok=True)
     return [made[job.inputs] for job in jobs]
 
 

@@ -10,8 +10,8 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -51,6 +51,7 @@ class Record:
     tokens_cached: int = 0
     tokens_out: int = 0
     cost: float = 0.0
+    seconds: float = 0.0
 
     @property
     def judged(self) -> bool:
@@ -90,7 +91,8 @@ class Run:
         return self.set, self.judge, self.protocol
 
 
-Advance = Callable[[int], None]
+Advance = Callable[[Sequence[Record]], None]
+"""Told of every chunk of new records: to move a progress bar and to keep them."""
 
 
 def judge_pairs(
@@ -100,22 +102,26 @@ def judge_pairs(
     name: str,
     shown: Shown = "given",
     seed: int = 0,
+    done: Sequence[Record] = (),
     advance: Advance,
 ) -> Run:
-    """Ask a pairwise judge about every pair, both orders; with a wrong reference if `shown` says so."""
+    """Ask a pairwise judge about every pair, both orders; with a wrong reference if `shown` says so.
+
+    Items in `done` (from an interrupted attempt) are not asked again.
+    """
     items = [item for item in bench.items if isinstance(item, PairItem)]
     needs = judge_.protocol.needs_reference
     asked = [i for i, item in enumerate(items) if item.references or not needs]
     references = _references(items, asked, shown, seed)
-    records: list[Record] = []
-    started = time.perf_counter()
-    for chunk in _chunks(asked):
+    records = list(done)
+    for chunk in _chunks(asked, done):
+        started, new = time.perf_counter(), []
         comparisons = [
             Comparison(items[i].instruction, items[i].output_1, items[i].output_2, references[i]) for i in chunk
         ]
         for i, verdict in zip(chunk, judge_.judge(comparisons), strict=True):
             masses = [r.mass for r in verdict.readings if r.mass is not None]
-            records.append(
+            new.append(
                 Record(
                     item=i,
                     cluster=items[i].cluster,
@@ -132,31 +138,38 @@ def judge_pairs(
                     cost=sum(r.cost for r in verdict.readings),
                 )
             )
-        advance(len(chunk))
+        records += _timed(new, started)
+        advance(records[-len(chunk) :])
     return Run(
         bench.name,
         name,
         judge_.protocol.name,
-        tuple(records),
+        _in_order(records),
         pairwise=True,
         shown=shown,
         unasked=len(items) - len(asked),
         skipped=bench.skipped,
-        seconds=time.perf_counter() - started,
+        seconds=sum(r.seconds for r in records),
     )
 
 
 def judge_points(
-    bench: BenchSet, evaluator: Evaluator, question: Question, judging: Judging, *, advance: Advance
+    bench: BenchSet,
+    evaluator: Evaluator,
+    question: Question,
+    judging: Judging,
+    *,
+    done: Sequence[Record] = (),
+    advance: Advance,
 ) -> Run:
-    """Ask one question about every answer; p is the probability of the question's target."""
+    """Ask one question about every answer not in `done`; p is the probability of the question's target."""
     items = [item for item in bench.items if isinstance(item, PointItem)]
-    records: list[Record] = []
-    started = time.perf_counter()
-    for chunk in _chunks(range(len(items))):
+    records = list(done)
+    for chunk in _chunks(range(len(items)), done):
+        started, new = time.perf_counter(), []
         samples = [Sample(items[i].prompt, items[i].answer, columns=items[i].columns) for i in chunk]
         for i, (verdict,) in zip(chunk, judge(samples, [question], [evaluator], judging), strict=True):
-            records.append(
+            new.append(
                 Record(
                     item=i,
                     cluster=items[i].cluster,
@@ -171,15 +184,16 @@ def judge_points(
                     cost=verdict.cost,
                 )
             )
-        advance(len(chunk))
+        records += _timed(new, started)
+        advance(records[-len(chunk) :])
     return Run(
         bench.name,
         evaluator.name,
         question.name,
-        tuple(records),
+        _in_order(records),
         pairwise=False,
         skipped=bench.skipped,
-        seconds=time.perf_counter() - started,
+        seconds=sum(r.seconds for r in records),
     )
 
 
@@ -250,14 +264,12 @@ def _from_column(bench: BenchSet, rows: Sequence[dict[str, Any]], column: str, s
 
 def _saved(rows: Sequence[dict[str, Any]], source: str) -> list[Run]:
     runs: list[tuple[dict[str, Any], list[Record]]] = []
-    names = [f.name for f in fields(Record)]
     try:
         for row in rows:
             if row["run"] is not None:
                 runs.append((row["run"], []))
             else:
-                values = {name: row[name] for name in names} | {"lengths": tuple(row["lengths"])}
-                runs[-1][1].append(Record(**values))
+                runs[-1][1].append(as_record(row))
         return [Run(**header, records=tuple(records)) for header, records in runs]
     except (TypeError, KeyError, IndexError) as error:
         raise InputError(f"{source}: not a verdicts file of this version ({error}).") from None
@@ -294,7 +306,22 @@ def _references(items: Sequence[PairItem], asked: Sequence[int], shown: Shown, s
     return found
 
 
-def _chunks(indices: Iterable[int]) -> Iterable[list[int]]:
-    iterator = iter(indices)
+def as_record(row: Mapping[str, Any]) -> Record:
+    """A record from its JSON form."""
+    return Record(**{f.name: row[f.name] for f in fields(Record)} | {"lengths": tuple(row["lengths"])})
+
+
+def _timed(records: Sequence[Record], started: float) -> list[Record]:
+    share = (time.perf_counter() - started) / len(records)
+    return [replace(record, seconds=share) for record in records]
+
+
+def _in_order(records: Sequence[Record]) -> tuple[Record, ...]:
+    return tuple(sorted(records, key=lambda r: r.item))
+
+
+def _chunks(indices: Iterable[int], done: Sequence[Record]) -> Iterable[list[int]]:
+    asked = {record.item for record in done}
+    iterator = (i for i in indices if i not in asked)
     while chunk := list(islice(iterator, CHUNK)):
         yield chunk
