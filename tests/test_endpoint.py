@@ -15,6 +15,7 @@ from rlme.evaluators import endpoint_tokens
 from rlme.evaluators.base import Evaluator
 from rlme.evaluators.endpoint import EndpointEvaluator, families
 from rlme.evaluators.endpoint_config import EndpointConfig, Prices
+from rlme.evaluators.endpoint_wire import NextTokens
 from rlme.judgement import Failure, Message, Request
 from tests import fake_endpoint as fake
 
@@ -169,13 +170,24 @@ def test_a_missing_spelling_is_no_missing_label_when_it_cannot_matter() -> None:
         judge.close()
 
 
-def test_labels_beyond_the_first_hundred_are_asked_for_again() -> None:
+def test_labels_beyond_the_first_list_are_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint_tokens, "FIRST_TOP", 50)
     with fake.fake_endpoint("llama") as server:
         judge = evaluator(server)
         requests = [ask(f"Question {i}?", "~", "`", "^") for i in range(20)]
         for request, answer in zip(requests, judge.logprobs(requests), strict=True):
             assert answer.logprobs == pytest.approx(truth(request))
+        assert any(body["logprobs"] == len(fake.VOCABULARY) for _, body in server.bodies if "logprobs" in body)
         judge.close()
+
+
+def test_a_spelling_that_cannot_matter_is_not_asked_for_again() -> None:
+    top = NextTokens({1: -0.1, 2: -4.0}, {}, floor=-14.0)
+    assert endpoint_tokens._all_there(top, [[1, 7], [2, 8]])  # e^-14 beside e^-4
+    assert not endpoint_tokens._all_there(top, [[1, 7], [8, 9]])  # a label without any spelling
+    assert not endpoint_tokens._all_there(top, [[1, None]])  # a longer spelling that has to be followed
+    assert not endpoint_tokens._all_there(NextTokens({1: -0.1}, {}, floor=-5.0), [[1, 7]])
+    assert not endpoint_tokens._all_there(NextTokens({1: -0.1}, {}, floor=None), [[1, 7]])
 
 
 def test_too_long_contexts_fail_and_are_never_cut(token_server: Any) -> None:

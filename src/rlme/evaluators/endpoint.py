@@ -15,7 +15,7 @@ from rlme.evaluators.endpoint_config import EndpointConfig
 from rlme.evaluators.endpoint_limits import Account
 from rlme.evaluators.endpoint_probe import probe
 from rlme.evaluators.endpoint_texts import TextServer
-from rlme.evaluators.endpoint_tokens import Found
+from rlme.evaluators.endpoint_tokens import Found, label_of
 from rlme.evaluators.endpoint_wire import CallFailed, Usage
 from rlme.judgement import Answer, Failure, Message, Request
 
@@ -193,7 +193,7 @@ def settle(request: Request, found: Found, config: EndpointConfig) -> Answer:
     }
     labels: dict[str, list[int]] = defaultdict(list)
     for i, text in enumerate(request.continuations):
-        labels[text.strip().casefold()].append(i)
+        labels[label_of(text)].append(i)
     for rows in labels.values():
         there = math.fsum(math.exp(lp) for i in rows if (lp := found.logprobs[i]) is not None and not found.bounded[i])
         missing = [found.logprobs[i] for i in rows if found.bounded[i]]

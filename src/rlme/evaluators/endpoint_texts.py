@@ -61,7 +61,8 @@ class TextServer:
             context += request.prefill
         top, usage = await self._ask(context)
         values = [top.by_text.get(text.encode()) for text in request.continuations]
-        return Found([top.floor if v is None else v for v in values], [v is None for v in values], [usage])
+        logprobs = [top.floor if v is None else v for v in values]
+        return Found(request.continuations, logprobs, [v is None for v in values], [usage])
 
     async def size(self, request: Request) -> tuple[int, int]:
         """(calls, tokens of each) that a request takes."""

@@ -9,6 +9,7 @@ leave their prefix cache aside for those.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,8 +18,10 @@ from rlme.evaluators.endpoint_client import EndpointClient
 from rlme.evaluators.endpoint_wire import CallFailed, NextTokens, Usage, read_next_tokens, read_text
 from rlme.judgement import Failure, Message, Request
 
-FIRST_TOP = 100
+FIRST_TOP = 1000
 """Alternatives asked for at first where a server has no limit; all of them only when a label is not among these."""
+FAR_BELOW = 1e-4
+"""Spellings that could add less than this share to their label's probability are not worth asking for all of them."""
 
 
 @dataclass(slots=True)
@@ -26,6 +29,7 @@ class Found:
     """What came back for one request: a log-probability per continuation; `bounded` ones are upper bounds, and None
     is a continuation that nothing is known about. With the tokens used."""
 
+    texts: tuple[str, ...]
     logprobs: list[float | None]
     bounded: list[bool]
     usage: list[Usage] = field(default_factory=list)
@@ -111,7 +115,7 @@ class TokenServer:
         if self.limit is not None and len(context) + longest > self.limit:
             detail = f"the context has {len(context)} tokens, the endpoint's limit is {self.limit}"
             raise CallFailed(Failure.CONTEXT_TOO_LONG, detail, passing=False)
-        found = Found([0.0] * len(wanted), [False] * len(wanted))
+        found = Found(request.continuations, [0.0] * len(wanted), [False] * len(wanted))
         await self._walk(context, 0, [i for i, ids in enumerate(wanted) if ids], wanted, found)
         return found
 
@@ -126,7 +130,11 @@ class TokenServer:
     ) -> None:
         """Add the log-probability of token `depth` to each of `rows`, which agree on all tokens before it."""
         heads = sorted({wanted[i][depth] for i in rows})
-        top = await self._next(context, heads, found)
+        texts: dict[str, list[int | None]] = {}  # by label: tokens that end its spellings here; None: it goes on
+        for i in rows:
+            ends = len(wanted[i]) == depth + 1
+            texts.setdefault(label_of(found.texts[i]), []).append(wanted[i][depth] if ends else None)
+        top = await self._next(context, heads, list(texts.values()), found)
         deeper: list[tuple[int, list[int]]] = []
         for head in heads:
             mine = [i for i in rows if wanted[i][depth] == head]
@@ -143,7 +151,9 @@ class TokenServer:
         for head, further in deeper:  # one after the other: each finds the context where the last call left it
             await self._walk([*context, head], depth + 1, further, wanted, found)
 
-    async def _next(self, context: list[int], heads: list[int], found: Found) -> NextTokens:
+    async def _next(
+        self, context: list[int], heads: list[int], labels: list[list[int | None]], found: Found
+    ) -> NextTokens:
         count = min(self.top, FIRST_TOP)
         while True:
             body: dict[str, Any] = self._body(context, max_tokens=1) | {"temperature": 1.0, "logprobs": count}
@@ -162,7 +172,7 @@ class TokenServer:
 
             tokens, usage = await self.client.call("/completions", body, read, tokens_in=len(context), tokens_out=1)
             found.usage.append(usage)
-            if count >= self.top or all(head in tokens.by_id for head in heads):
+            if count >= self.top or all(head in tokens.by_id for head in heads) or _all_there(tokens, labels):
                 return tokens
             count = self.top
 
@@ -181,6 +191,23 @@ class TokenServer:
 
     def _body(self, context: list[int], *, max_tokens: int) -> dict[str, Any]:
         return {"model": self.model, "prompt": context, "max_tokens": max_tokens}
+
+
+def label_of(spelling: str) -> str:
+    """What spellings of one label have in common: they differ in case and outer spaces."""
+    return spelling.strip().casefold()
+
+
+def _all_there(top: NextTokens, labels: list[list[int | None]]) -> bool:
+    """Whether the missing tokens are spellings too unlikely to matter beside those of the same label that came."""
+    if top.floor is None:
+        return False
+    for tokens in labels:
+        there = sum(math.exp(top.by_id[t]) for t in tokens if t is not None and t in top.by_id)
+        missing = [t for t in tokens if t not in top.by_id]
+        if None in missing or len(missing) * math.exp(top.floor) > FAR_BELOW * there:
+            return False
+    return True
 
 
 def _token_ids(reply: Any) -> list[int]:
