@@ -9,7 +9,7 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
-from rlme.align import pipeline
+from rlme.align import run_models
 from rlme.align.cli import align
 from rlme.align.config import AlignConfig
 from rlme.align.pipeline import Alignment
@@ -141,9 +141,9 @@ def test_an_interrupted_stage_continues_where_it_was(finished, tmp_path, monkeyp
         text = (folder / f"{file}.jsonl").read_text().split("\n")
         (folder / f"{file}.jsonl").write_text("\n".join(text[:lines]) + "\n" + text[lines][:5])  # cut off in a line
     asked: list[int] = []
-    real = pipeline.sample
+    real = run_models.sample
     monkeypatch.setattr(
-        pipeline, "sample", lambda m, prompts, *a, **k: asked.append(len(prompts)) or real(m, prompts, *a, **k)
+        run_models, "sample", lambda m, prompts, *a, **k: asked.append(len(prompts)) or real(m, prompts, *a, **k)
     )
     run(copy)
     assert asked == [2, 2]  # prompts 2 to 5: the third line belonged to an unfinished chunk of two
@@ -197,7 +197,7 @@ def test_interrupted_training_ends_with_the_same_weights(finished, tmp_path):
 
 
 def use_judge(monkeypatch, evaluator) -> None:
-    monkeypatch.setattr(pipeline, "build_evaluators", lambda *a, **k: [evaluator])
+    monkeypatch.setattr(run_models, "build_evaluators", lambda *a, **k: [evaluator])
 
 
 def test_two_rounds_from_the_new_model(tmp_path, tiny_policy_dir, monkeypatch):

@@ -12,35 +12,29 @@ output/
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rlme.align import winrates
 from rlme.align.config import AlignConfig
-from rlme.align.evaluators import build_evaluators
 from rlme.align.judge import PairwiseJudge
 from rlme.align.judging import Group, evaluator_weights, make_scorer
 from rlme.align.pairs import Pair, choose, require_pairs
-from rlme.align.prompts import AlignPrompt, encode_prompt, encode_whole, load_prompts
+from rlme.align.prompts import encode_whole, load_prompts
 from rlme.align.protocols import load_protocol
 from rlme.align.ranking import Ranking, instruction_text
+from rlme.align.run_models import RunModels
 from rlme.align.stage import Lines, Stage, fingerprint, source_fingerprint
 from rlme.errors import InputError, RunStopped
-from rlme.evaluators.base import Evaluator
-from rlme.evaluators.local import LocalEvaluator
-from rlme.models import load_model, load_tokenizer
-from rlme.sampling import sample
+from rlme.models import load_tokenizer
 
 JUDGED_AT_ONCE = 4
 """Prompts whose comparisons are asked together; also what is redone after an interruption."""
@@ -65,8 +59,7 @@ class Alignment:
         self.train, self.held_out = prompts.train, prompts.held_out
         for note in prompts.notes:
             self._say(note)
-        self._loaded: tuple[str, Any] | None = None
-        self._others: dict[str, list[Evaluator]] = {}
+        self.models = RunModels(config, self.tokenizer)
 
     def run(self) -> list[dict[str, Any]]:
         """All stages; finished ones are skipped."""
@@ -124,7 +117,7 @@ class Alignment:
         stage.begin()
         from rlme.align.train import sft
 
-        summary = sft(config, self._trainable(config.model.path), self.tokenizer, examples, stage.folder)
+        summary = sft(config, self.models.trainable(config.model.path), self.tokenizer, examples, stage.folder)
         self._finish(stage, "sft", summary | {"examples": len(examples), "too_long": too_long})
         return model, stage.inputs
 
@@ -150,7 +143,7 @@ class Alignment:
             training.begin()
             from rlme.align.train import dpo
 
-            summary = dpo(config, self._trainable(policy), self.tokenizer, pairs, training.folder)
+            summary = dpo(config, self.models.trainable(policy), self.tokenizer, pairs, training.folder)
             self._finish(training, f"{where}dpo", summary | {"pairs": len(pairs)})
         return str(training.folder / "model"), training.inputs
 
@@ -165,7 +158,7 @@ class Alignment:
             for begin in range(start, total, config.prompts_at_once):
                 chunk = self.train[begin : begin + config.prompts_at_once]
                 seed = int(fingerprint(self.config.seed, number, begin)[:8], 16)
-                answers = self._answers(policy, chunk, config.n, config.temperature, config.max_tokens, seed)
+                answers = self.models.answers(policy, chunk, config.n, config.temperature, config.max_tokens, seed)
                 lines.append(
                     [{"index": begin + k, "answers": texts, "cut_off": cut} for k, (texts, cut) in enumerate(answers)]
                 )
@@ -181,7 +174,7 @@ class Alignment:
         self._finish(stage, f"{where}sample", info)
 
     def _judge(self, stage: Stage, sampling: Stage, policy: str, first: str, number: int, where: str) -> None:
-        scorer = make_scorer(self.config.judge, self._evaluators("judge", policy, first))
+        scorer = make_scorer(self.config.judge, self.models.evaluators(self.config.judge.evaluators, policy, first))
         answers = Lines(sampling.folder / "answers.jsonl").read()
         groups: list[Group] = [(self.train[row["index"]], row["answers"]) for row in answers]
         self._say(f"{where}judge: {scorer.calls(groups)} calls for {len(groups)} prompts")
@@ -283,7 +276,7 @@ class Alignment:
         protocol = load_protocol(compare.protocol or (config.judge.protocol if referenced else "base"))
         evaluators = compare.evaluators or config.judge.evaluators
         judge = PairwiseJudge(
-            self._evaluators("compare" if compare.evaluators else "judge", first, first),
+            self.models.evaluators(evaluators, first, first),
             protocol,
             weights=evaluator_weights(evaluators),
             vote=config.judge.vote,
@@ -325,76 +318,10 @@ class Alignment:
             for begin in range(start, len(self.held_out), at_once):
                 chunk = self.held_out[begin : begin + at_once]
                 seed = int(fingerprint(self.config.seed, "compare", begin)[:8], 16)
-                answers = self._answers(path, chunk, 1, compare.temperature, longest, seed)
+                answers = self.models.answers(path, chunk, 1, compare.temperature, longest, seed)
                 lines.append([{"answer": texts[0]} for texts, _ in answers])
                 advance(len(chunk))
         return [row["answer"] for row in lines.read()]
-
-    # models
-
-    def _answers(
-        self, source: str, prompts: Sequence[AlignPrompt], n: int, temperature: float, longest: int, seed: int
-    ) -> list[tuple[list[str], list[bool]]]:
-        """Per prompt: n texts, and which of them were cut off."""
-        model = self._model(source)
-        eos = model.generation_config.eos_token_id if model.generation_config else None
-        ends = {*([eos] if isinstance(eos, int) else eos or []), self.tokenizer.eos_token_id} - {None}
-        drawn = sample(
-            model,
-            [encode_prompt(self.tokenizer, p.prompt) for p in prompts],
-            n,
-            max_new_tokens=longest,
-            temperature=temperature,
-            top_p=self.config.sample.top_p if temperature > 0 else 1.0,
-            eos_token_ids=sorted(ends),
-            seed=seed,
-            dtype=torch.bfloat16 if torch.cuda.is_available() else None,
-        )
-        return [
-            (
-                [self.tokenizer.decode(one.ids, skip_special_tokens=True) for one in group],
-                [not one.finished for one in group],
-            )
-            for group in drawn
-        ]
-
-    def _evaluators(self, which: str, live: str, first: str) -> list[Evaluator]:
-        configs = self.config.judge.evaluators
-        if which == "compare" and self.config.compare is not None:
-            configs = self.config.compare.evaluators
-
-        longest = self.config.judge.judging.max_context_tokens
-        options: dict[str, Any] = {"token_budget": self.config.token_budget, "max_context_tokens": longest}
-
-        def policy(kind: str) -> Evaluator:
-            path = live if kind == "live" else first
-            model = self._model(path)
-            return LocalEvaluator(lambda: _reading(model), self.tokenizer, name=kind, **options)
-
-        if all(c.model not in ("live", "frozen") for c in configs):
-            if which not in self._others:  # the same in every round
-                self._others[which] = build_evaluators(configs, **options)
-            return self._others[which]
-        return build_evaluators(configs, policy, **options)
-
-    def _model(self, source: str) -> Any:
-        """The model at `source`, kept until another one is asked for."""
-        if self._loaded is None or self._loaded[0] != source:
-            self._loaded = None
-            gc.collect()
-            self._loaded = (source, self._load(source))
-        return self._loaded[1]
-
-    def _trainable(self, source: str) -> Any:
-        """A model of its own: training changes it, and `_model` must not hand it out afterwards."""
-        self._loaded = None
-        gc.collect()
-        return self._load(source)
-
-    def _load(self, source: str) -> Any:
-        model = self.config.model
-        revision = model.revision if source == model.path else None
-        return load_model(source, dtype=model.dtype, revision=revision, trust_remote_code=model.trust_remote_code)
 
     # words
 
@@ -415,13 +342,6 @@ class Alignment:
 
     def _bar(self, title: str, total: int, start: int) -> _Bar:
         return _Bar(self.console, title, total, start)
-
-
-@contextmanager
-def _reading(model: Any) -> Iterator[Any]:
-    """Weights stay as training needs them (float32); on a GPU, judging computes in bfloat16."""
-    with torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available()):
-        yield model
 
 
 class _Bar:

@@ -1,0 +1,97 @@
+"""The models of an alignment run: one policy in memory at a time, to sample from, to judge with, or to train."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from rlme.align.config import AlignConfig
+from rlme.align.evaluators import build_evaluators
+from rlme.align.prompts import AlignPrompt, encode_prompt
+from rlme.config import EvaluatorConfig
+from rlme.evaluators.base import Evaluator
+from rlme.evaluators.local import LocalEvaluator
+from rlme.models import load_model
+from rlme.sampling import sample
+
+
+class RunModels:
+    """Policies are named by where they lie: the configured model, or a stage's folder."""
+
+    def __init__(self, config: AlignConfig, tokenizer: Any) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self._loaded: tuple[str, Any] | None = None
+        self._others: dict[str, list[Evaluator]] = {}
+
+    def answers(
+        self, source: str, prompts: Sequence[AlignPrompt], n: int, temperature: float, longest: int, seed: int
+    ) -> list[tuple[list[str], list[bool]]]:
+        """Per prompt: n texts, and which of them were cut off at `longest` tokens."""
+        model = self._model(source)
+        eos = model.generation_config.eos_token_id if model.generation_config else None
+        ends = {*([eos] if isinstance(eos, int) else eos or []), self.tokenizer.eos_token_id} - {None}
+        drawn = sample(
+            model,
+            [encode_prompt(self.tokenizer, p.prompt) for p in prompts],
+            n,
+            max_new_tokens=longest,
+            temperature=temperature,
+            top_p=self.config.sample.top_p if temperature > 0 else 1.0,
+            eos_token_ids=sorted(ends),
+            seed=seed,
+            dtype=torch.bfloat16 if torch.cuda.is_available() else None,
+        )
+        return [
+            (
+                [self.tokenizer.decode(one.ids, skip_special_tokens=True) for one in group],
+                [not one.finished for one in group],
+            )
+            for group in drawn
+        ]
+
+    def evaluators(self, configs: Sequence[EvaluatorConfig], live: str, frozen: str) -> list[Evaluator]:
+        """The configured judges; `live` and `frozen` are the policies at those places."""
+        longest = self.config.judge.judging.max_context_tokens
+        options: dict[str, Any] = {"token_budget": self.config.token_budget, "max_context_tokens": longest}
+
+        def policy(kind: str) -> Evaluator:
+            model = self._model(live if kind == "live" else frozen)
+            return LocalEvaluator(lambda: _reading(model), self.tokenizer, name=kind, **options)
+
+        if any(c.model in ("live", "frozen") for c in configs):
+            return build_evaluators(configs, policy, **options)
+        key = repr(configs)
+        if key not in self._others:  # the same in every round
+            self._others[key] = build_evaluators(configs, **options)
+        return self._others[key]
+
+    def trainable(self, source: str) -> Any:
+        """A model of its own: training changes it, so it must not be handed out again afterwards."""
+        self._loaded = None
+        gc.collect()
+        return self._load(source)
+
+    def _model(self, source: str) -> Any:
+        """The model at `source`, kept until another one is asked for."""
+        if self._loaded is None or self._loaded[0] != source:
+            self._loaded = None
+            gc.collect()
+            self._loaded = (source, self._load(source))
+        return self._loaded[1]
+
+    def _load(self, source: str) -> Any:
+        model = self.config.model
+        revision = model.revision if source == model.path else None
+        return load_model(source, dtype=model.dtype, revision=revision, trust_remote_code=model.trust_remote_code)
+
+
+@contextmanager
+def _reading(model: Any) -> Iterator[Any]:
+    """Weights stay as training needs them (float32); on a GPU, judging computes in bfloat16."""
+    with torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available()):
+        yield model
