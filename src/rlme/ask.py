@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
 from typing import Any
@@ -22,6 +22,8 @@ from rlme.judging import Judging, Sample, judge
 from rlme.questions import Question
 
 RESAMPLES = 1000
+CHUNK = 8
+"""Prompts judged in one call."""
 SWAPPED = 32
 """Completions that are judged again under another prompt."""
 SPREAD, MASS, SHIFT, FAILED = 0.05, 0.5, 0.05, 0.05
@@ -104,22 +106,26 @@ def ask(
     variants: Sequence[Judging],
     *,
     shown: int = 3,
-    advance: Callable[[], None] = lambda: None,
+    advance: Callable[[int], None] = lambda prompts: None,
 ) -> Asked:
     """Ask every question of every evaluator in every variant (template and read-out) about every completion.
 
-    `advance` is called after each evaluator and variant. Questions are asked separately, whatever `joint` says: their
+    `advance` is called with the number of prompts done, in all for each evaluator and variant. Questions are asked separately, whatever `joint` says: their
     own signal is what is looked for.
     """
-    samples = [candidate.sample for group in groups for candidate in group]
+    completions = sum(len(group) for group in groups)
     swapped = exchanged(groups, SWAPPED)
     has_labels = labelled(groups)
     asked = Asked([], [], [])
     for variant in variants:
         for evaluator in evaluators:
             started = time.perf_counter()
-            judged = judge(samples, questions, [evaluator], replace(variant, joint=False))
-            seconds = (time.perf_counter() - started) / max(1, len(samples) * len(questions))
+            judged = []
+            for some in chunks(groups):
+                part = [candidate.sample for group in some for candidate in group]
+                judged += judge(part, questions, [evaluator], replace(variant, joint=False))
+                advance(len(some))
+            seconds = (time.perf_counter() - started) / max(1, completions * len(questions))
             again = judge([s for _, s in swapped], questions, [evaluator], replace(variant, joint=False))
             for k, question in enumerate(questions):
                 column = [row[k] for row in judged]
@@ -130,12 +136,17 @@ def ask(
                 verdict.complaints = complaints(verdict)
                 asked.verdicts.append(verdict)
                 asked.judgements[verdict.name] = _grouped(column, groups)
-            advance()
     asked.correlations = _correlations(asked)
     asked.verdicts.sort(key=lambda v: (bool(v.complaints), -(v.auroc.value if v.auroc else v.spread.value)))
     if asked.verdicts:
         asked.liked = most_and_least(groups, asked.judgements[asked.verdicts[0].name], shown)
     return asked
+
+
+def chunks(groups: Sequence[Sequence[Candidate]]) -> Iterator[Sequence[Sequence[Candidate]]]:
+    """A few groups at a time: enough to fill a forward pass, few enough to say how long it will take."""
+    for start in range(0, len(groups), CHUNK):
+        yield groups[start : start + CHUNK]
 
 
 def exchanged(groups: Sequence[Sequence[Candidate]], limit: int) -> list[tuple[int, Sample]]:

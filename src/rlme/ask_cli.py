@@ -84,8 +84,10 @@ def ask(
     for variant in variants:
         check_templates(questions, variant, columns)
     with _bar(console) as bar:
-        task = bar.add_task("asking", total=len(variants) * len(evaluators))
-        asked = asking.ask(groups, questions, evaluators, variants, shown=shown, advance=lambda: bar.advance(task))
+        task = bar.add_task("asking", total=len(variants) * len(evaluators) * len(groups))
+        asked = asking.ask(
+            groups, questions, evaluators, variants, shown=shown, advance=lambda done: bar.advance(task, done)
+        )
     _print_asked(asked, groups, console)
     if table is not None:
         _write(table, asked.json())
@@ -123,14 +125,14 @@ def select(
     settings = read_config(config, overrides or [])
     groups, evaluators = _load(settings, data, completion, label, prompts, samples, console)
     with _bar(console) as bar:
-        task = bar.add_task("judging", total=len(evaluators) * 2)
+        task = bar.add_task("judging", total=len(evaluators) * len(groups))
         chosen = selecting.choose(
             groups,
             make_questions(settings),
             evaluators,
             settings.evaluator_weights(),
             make_judging(settings),
-            advance=lambda: bar.advance(task),
+            advance=lambda done: bar.advance(task, done),
         )
     report = selecting.evaluate(groups, chosen, accuracy=accuracy, seed=seed)
     _print_selected(report, console)
@@ -224,11 +226,13 @@ def _print_asked(asked: Asked, groups: Groups, console: Console) -> None:
     answers = sum(len(group) for group in groups)
     with_labels = any(v.auroc is not None for v in asked.verdicts)
     rows = Table(title=f"{answers} answers to {len(groups)} prompts, best question first", title_justify="left")
-    for name in ("question", "evaluator", "asked in"):
-        rows.add_column(name)
+    rows.add_column("question", min_width=16)
+    rows.add_column("asked")
     heads = ["p(target)", "spread in a group", "mass", "moves"]
-    heads += ["AUROC", "in a group", "calib. error"] if with_labels else []
-    for name in (*heads, "failed", "tokens", "ms", "cost"):
+    heads += ["AUROC", "in a group", "calib."] if with_labels else []
+    heads += ["failed", "tokens", "ms"]
+    priced = any(v.cost for v in asked.verdicts)
+    for name in (*heads, "cost") if priced else heads:
         rows.add_column(name, justify="right", no_wrap=True)
     for v in asked.verdicts:
         numbers = [_number(v.probability), _interval(v.spread), _number(v.mass, ".2f"), _number(v.shift, ".3f")]
@@ -238,10 +242,11 @@ def _print_asked(asked: Asked, groups: Groups, console: Console) -> None:
                 _number(v.within_group_auroc, ".2f"),
                 _number(v.calibration_error, ".2f"),
             ]
-        numbers += [str(sum(v.failures.values()) or ""), f"{v.tokens:.0f}", f"{v.seconds * 1000:.0f}", _number(v.cost)]
+        numbers += [str(sum(v.failures.values()) or ""), f"{v.tokens:.0f}", f"{v.seconds * 1000:.0f}"]
+        numbers += [_number(v.cost)] if priced else []
         style = "dim" if v.complaints else ""
-        what = (Text(plain(v.question, 60)), Text(plain(v.evaluator, 24)), f"{v.template}/{v.readout}")
-        rows.add_row(*what, *numbers, style=style)
+        way = Text(f"{plain(v.evaluator, 24)}\n{v.template}/{v.readout}")
+        rows.add_row(Text(plain(v.question, 60)), way, *numbers, style=style)
     console.print(rows)
     if asked.correlations:
         same = Table(title="correlation of the scores of two questions asked in the same way", title_justify="left")

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rlme.ask import Interval, bootstrap
+from rlme.ask import Interval, bootstrap, chunks
 from rlme.candidates import Candidate, labelled
 from rlme.errors import InputError
 from rlme.evaluators.base import Evaluator
@@ -96,26 +96,27 @@ def choose(
     evaluator_weights: Sequence[float],
     judging: Judging,
     *,
-    advance: Callable[[], None] = lambda: None,
+    advance: Callable[[int], None] = lambda prompts: None,
 ) -> list[Chosen]:
-    """Every way to choose, for every group. `advance` is called twice per evaluator."""
+    """Every way to choose, for every group. `advance` is called with the number of prompts an evaluator has done."""
     if not questions:
         raise InputError("rlme select needs at least one question in the configuration")
     if crowded := next((len(group) for group in groups if len(group) >= len(LETTERS)), None):
         raise InputError(f"a prompt has {crowded} answers; at most {len(LETTERS) - 1} can be lettered")
-    samples = [candidate.sample for group in groups for candidate in group]
     result = [Chosen("first", "", [(0, 0.0) for _ in groups])]
     if all(candidate.sample.answer is not None for group in groups for candidate in group):
         result.append(Chosen("vote", "", [_vote(group) for group in groups]))
-    all_judged: list[list[Judgement]] = [[] for _ in samples]
+    all_judged: list[list[Judgement]] = [[] for group in groups for _ in group]
     for evaluator in evaluators:
-        judged = judge(samples, questions, [evaluator], judging)
+        judged: list[list[Judgement]] = []
+        letters: list[list[float] | None] = []
+        for some in chunks(groups):
+            judged += judge([c.sample for group in some for c in group], questions, [evaluator], judging)
+            letters += choice_probabilities(some, evaluator)
+            advance(len(some))
         for row, more in zip(all_judged, judged, strict=True):
             row += more
-        advance()
         trust = _by_group([_probability(row, questions) for row in judged], groups)
-        letters = choice_probabilities(groups, evaluator)
-        advance()
         result += [
             Chosen("eval", evaluator.name, [_highest(p) for p in trust]),
             Chosen("select", evaluator.name, [_highest(p and _renormalised(p[:-1])) for p in letters]),
