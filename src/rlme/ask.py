@@ -110,8 +110,8 @@ def ask(
 ) -> Asked:
     """Ask every question of every evaluator in every variant (template and read-out) about every completion.
 
-    `advance` is called with the number of prompts done, in all for each evaluator and variant. Questions are asked separately, whatever `joint` says: their
-    own signal is what is looked for.
+    `advance` is called with the number of prompts done, in all for each evaluator and variant. Questions are asked
+    separately, whatever `joint` says: their own signal is what is looked for.
     """
     completions = sum(len(group) for group in groups)
     swapped = exchanged(groups, SWAPPED)
