@@ -100,10 +100,9 @@ def test_families_share_a_beginning_and_leave_nobody_idle() -> None:
 
 def test_start_returns_at_once(token_server: Any) -> None:
     judge = evaluator(token_server, concurrency=2)
-    token_server.delay = 0.2
-    began = time.monotonic()
+    token_server.delay = 0.4
     future = judge.start([ask(f"{i}?") for i in range(6)])
-    assert time.monotonic() - began < 0.1
+    assert not future.done()
     assert len(future.result()) == 6
     judge.close()
 

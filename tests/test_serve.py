@@ -284,6 +284,27 @@ def test_what_cannot_be_served_is_refused(content: dict[str, Any], message: str)
         validate(ServeConfig, content, "serve.yaml")
 
 
+def test_what_an_endpoint_cannot_answer_is_refused_at_the_start() -> None:
+    from rlme.serve.config import check_labels, make_evaluators
+    from tests.fake_endpoint import fake_endpoint
+
+    with fake_endpoint("hosted") as endpoint:
+        content = {"questions": {"q": "Right?"}, "evaluators": {"name": "j", "endpoint": {"base_url": endpoint.url}}}
+        for judging, message in (
+            ({"template": "reply", "readout": "yes_no"}, "use a chat template"),
+            ({"template": "judge", "readout": "marker"}, "cannot spell the label"),
+            ({"template": "judge", "readout": "yes_no"}, None),
+        ):
+            config = validate(ServeConfig, {**content, "judging": judging}, "serve.yaml")
+            evaluators = make_evaluators(config)
+            if message is None:
+                check_labels(config, evaluators)
+            else:
+                with pytest.raises(InputError, match=message):
+                    check_labels(config, evaluators)
+            evaluators[0].close()  # type: ignore[attr-defined]
+
+
 def test_beyond_loopback_only_with_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from rlme.serve.cli import serve
 

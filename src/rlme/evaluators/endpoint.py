@@ -79,10 +79,14 @@ class EndpointEvaluator:
 
     def start(self, requests: Sequence[Request]) -> Future[list[Answer]]:
         """As `logprobs`, without waiting: judging goes on while the caller samples the next batch."""
+        self.check(requests)
+        return self._loop.submit(self._in_families(requests, self._answer))
+
+    def check(self, requests: Sequence[Request]) -> None:
+        """`InputError`, naming the alternative, for a kind of request that this server has no way to answer."""
         if isinstance(self._server, TextServer):
             for request in requests:
                 self._server.refuse(request)
-        return self._loop.submit(self._in_families(requests, self._answer))
 
     def estimate(self, requests: Sequence[Request]) -> Usage:
         """Tokens that these requests may take, before any is sent, nothing cached. The cost of
@@ -97,9 +101,7 @@ class EndpointEvaluator:
 
     def write(self, requests: Sequence[Request], *, max_tokens: int) -> list[str | Failure]:
         """Greedy text after each context."""
-        if isinstance(self._server, TextServer):
-            for request in requests:
-                self._server.refuse(request)
+        self.check(requests)
 
         async def text(request: Request) -> str | Failure:
             return await self._text(request, max_tokens)

@@ -1,4 +1,4 @@
-"""`rlme serve` and `rlme cache`."""
+"""The functions behind `rlme serve` and `rlme cache stats|clear`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ Overrides = Annotated[
 ]
 CacheFile = Annotated[Path, typer.Argument(help="The cache file.")]
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-
-cache = typer.Typer(name="cache", help="Look at the judge cache, or empty it.", no_args_is_help=True)
 
 
 def serve(
@@ -74,7 +72,6 @@ def serve(
     uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=grace)
 
 
-@cache.command("stats")
 def cache_stats(
     path: CacheFile,
     table: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the table as JSON.")] = None,
@@ -96,7 +93,6 @@ def cache_stats(
         table.write_text(json.dumps(content, indent=1) + "\n")
 
 
-@cache.command("clear")
 def cache_clear(path: CacheFile) -> None:
     """Forget every answer."""
     typer.echo(f"{_open(path).clear()} answers forgotten")

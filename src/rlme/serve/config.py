@@ -19,6 +19,7 @@ from rlme.config import (
 )
 from rlme.errors import InputError
 from rlme.evaluators.base import Evaluator
+from rlme.judgement import Message, Request
 from rlme.judging import Judging
 from rlme.questions import Question, Template
 from rlme.reward import MetaReward
@@ -118,14 +119,20 @@ def make_reward(config: ServeConfig, evaluators: list[Evaluator]) -> MetaReward:
 
 def check_labels(config: ServeConfig, evaluators: list[Evaluator]) -> None:
     """Refuse at the start what an evaluator cannot answer. `InputError` with the alternative."""
+    from rlme.evaluators.endpoint import EndpointEvaluator
     from rlme.judging import plan_questions
 
     reward = make_reward(config, evaluators)
     for evaluator in evaluators:
         try:
-            plan_questions(evaluator, reward.questions, reward.judging)
+            plans = plan_questions(evaluator, reward.questions, reward.judging)
         except ConnectionError as error:
             raise InputError(f"evaluator {evaluator.name!r}: {error}") from None
+        if isinstance(evaluator, EndpointEvaluator):
+            turn: Message = {"role": "user", "content": ""}
+            for plan in plans:
+                prefill = "" if plan.reason else plan.readout.prefill
+                evaluator.check([Request("" if plan.template.kind == "text" else (turn,), plan.continuations, prefill)])
 
 
 def _template(value: str | TemplateConfig | None) -> str | Template | None:
