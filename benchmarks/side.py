@@ -12,19 +12,15 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import sys
 import tempfile
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
-
-sys.path.insert(0, str(Path(__file__).parent))
 from workloads import QUESTIONS, WORKLOADS, Workload
 
 from rlme.evaluators.local import LocalEvaluator
@@ -36,13 +32,23 @@ from rlme.templating import render
 from rlme.training.trainer import RLMETrainer
 
 STAGES = ("sample", "judge", "update")
+TOKEN_BUDGET = 2048  # tokens of one pass on our side: as fast as more, in less memory
+KINDS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmm_"),
+    "attention": ("aten::_scaled_dot_product", "aten::_flash_attention", "aten::_efficient_attention"),
+    "copies and casts": ("aten::copy_", "aten::cat", "aten::index", "aten::gather", "aten::fill_", "aten::zero_"),
+    "optimizer": ("aten::_fused_adam", "aten::_foreach", "aten::lerp_", "aten::addcdiv_", "aten::addcmul_"),
+}
 
 
 class Stages(TrainerCallback):
     """Seconds and forwarded positions of each stage; the update is what sampling and judging leave of a step."""
 
-    def __init__(self, clock: Any) -> None:
+    def __init__(self, clock: Any, profiled: str | None) -> None:
         self.clock = clock
+        self.profiled = profiled
+        self.profiler: Any = None
+        self.shares: dict[str, float] = {}
         self.stage = "update"
         self.seconds: Counter[str] = Counter()
         self.tokens: Counter[str] = Counter()
@@ -51,14 +57,30 @@ class Stages(TrainerCallback):
     def around(self, stage: str, function: Any) -> Any:
         def timed(*args: Any, **kwargs: Any) -> Any:
             before, self.stage = self.stage, stage
+            self.profile(stage)
             started = self.clock()
             try:
                 return function(*args, **kwargs)
             finally:
                 self.seconds[stage] += self.clock() - started
                 self.stage = before
+                self.profile("update" if stage == "judge" else None)
 
         return timed
+
+    def profile(self, stage: str | None) -> None:
+        """Start the profiler where the profiled stage begins, stop it where another does."""
+        if self.profiler is not None:
+            self.profiler.__exit__(None, None, None)
+            times: Counter[str] = Counter()
+            for event in self.profiler.key_averages():
+                kind = next((kind for kind, names in KINDS.items() if event.key.startswith(names)), "everything else")
+                times[kind] += event.self_device_time_total or event.self_cpu_time_total
+            self.shares = {kind: time / times.total() for kind, time in times.most_common()}
+            self.profiler = None
+        if stage is not None and stage == self.profiled:
+            self.profiler = torch.profiler.profile()
+            self.profiler.__enter__()
 
     def count(self, model: torch.nn.Module) -> None:
         """Count the positions that enter a model: padding and repeated tokens included."""
@@ -73,6 +95,7 @@ class Stages(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         total = self.clock() - self.started
+        self.profile(None)
         seconds = {stage: self.seconds[stage] for stage in ("sample", "judge")}
         seconds |= {"update": total - sum(seconds.values()), "step": total}
         self.steps.append({"seconds": seconds, "tokens": dict(self.tokens)})
@@ -135,13 +158,12 @@ def peer_reward(models: list[Any], tokenizer: Any, questions: list[str], batch_s
     return reward
 
 
-def build(side: str, workload: Workload, model_name: str, folder: str, steps: int, clock: Any) -> tuple[Any, Stages]:
+def build(side: str, workload: Workload, model_name: str, folder: str, steps: int, stages: Stages) -> Any:
     tokenizer = load_tokenizer(model_name)
     policy = load_model(model_name)
     evaluators = [load_model(model_name, dtype="bfloat16") for _ in range(workload.evaluators)]
     questions = list(QUESTIONS[: workload.questions])
     dataset = Dataset.from_list([{"prompt": messages} for messages in workload.messages(tokenizer)])
-    stages = Stages(clock)
     for model in (policy, *evaluators):
         stages.count(model)
     common: dict[str, Any] = {"train_dataset": dataset, "processing_class": tokenizer, "callbacks": [stages]}
@@ -160,19 +182,20 @@ def build(side: str, workload: Workload, model_name: str, folder: str, steps: in
     else:
         share = side == "ours"
         judges = [
-            LocalEvaluator(model, tokenizer, name=f"frozen{i}", chat=False, share=share)
+            LocalEvaluator(model, tokenizer, name=f"frozen{i}", chat=False, share=share, token_budget=TOKEN_BUDGET)
             for i, model in enumerate(evaluators)
         ]
         trainer = RLMETrainer(
             policy,
             MetaReward(questions, judges, judging=Judging("paper", "marker")),
             share_prefixes=share,
+            token_budget=TOKEN_BUDGET,
             args=arguments(workload, folder, steps=steps, micro_batch=rows if share else min(8, rows)),
             **common,
         )
     trainer._generate_single_turn = stages.around("sample", trainer._generate_single_turn)
     trainer._calculate_rewards = stages.around("judge", trainer._calculate_rewards)
-    return trainer, stages
+    return trainer
 
 
 def matmul_rate(device: torch.device, clock: Any) -> float:
@@ -197,13 +220,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="measured steps; one more runs before them")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--profile", choices=STAGES, help="report where this stage's time goes; slows it down")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     clock = time.perf_counter if options.clock == "wall" else time.process_time
     workload = WORKLOADS[options.workload]
     with tempfile.TemporaryDirectory() as folder:
-        trainer, stages = build(options.side, workload, options.model, folder, options.steps + 1, clock)
+        stages = Stages(clock, options.profile)
+        trainer = build(options.side, workload, options.model, folder, options.steps + 1, stages)
         trainer.train()
     model = trainer.accelerator.unwrap_model(trainer.model)
     head = model.get_output_embeddings().weight.numel()
@@ -218,6 +243,7 @@ def main() -> None:
                 "body_weights": model.num_parameters() - head,
                 "matmul_gflops": matmul_rate(model.device, clock),
                 "threads": torch.get_num_threads(),
+                "profile": stages.shares,
             }
         )
     )

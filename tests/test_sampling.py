@@ -161,3 +161,10 @@ def test_bad_input(llama):
         sample(llama, PROMPTS, [1, 2], **PLAIN)
     with pytest.raises(ValueError, match="tokenizer"):
         sample(llama, PROMPTS, 1, stop_strings=["x"], **PLAIN)
+
+
+def test_a_broken_model_ends_sampling(llama):
+    with torch.no_grad():
+        llama.lm_head.weight[7] = float("nan")
+    with pytest.raises(FloatingPointError, match="not numbers"):
+        sample(llama, PROMPTS, 2, **PLAIN)

@@ -32,6 +32,7 @@ from transformers.cache_utils import DynamicLayer
 
 from rlme.tree_attention import causal_lm, device_of, evaluating
 
+BLOCK = 256  # tokens of the vocabulary whose probabilities are summed first when one is drawn
 GROWTH = 64  # tokens of room added when a cache layer is full
 COMPACT_BELOW = 7 / 8  # finished rows are dropped from the cache once fewer rows than this share are active
 
@@ -157,7 +158,8 @@ def _sample_batch(
         position_ids=(mask.cumsum(1) - 1).clamp(min=0),
         past_key_values=cache,
         use_cache=True,
-        logits_to_keep=1,
+        # An index instead of a slice: a head on a slice multiplies a copy of its weights for each row.
+        logits_to_keep=torch.tensor([longest - 1], device=device),
     ).logits[:, -1]
     cache.batch_select_indices(copies)
     ids, mask, logits = ids[copies], mask[copies], logits[copies]
@@ -200,20 +202,34 @@ def _sample_batch(
 
 
 def _draw(scores: Tensor, uniform: Tensor, *, greedy: bool) -> tuple[Tensor, Tensor]:
-    """One token per row of `scores[R, V]` and its log-probability: the arg max, or by inverting the
-    distribution.
-    """
+    """One token per row of `scores[R, V]` and its log-probability: the arg max, or by inverting the distribution."""
     probabilities = scores.softmax(-1)
+    if not bool(probabilities[:, 0].isfinite().all()):
+        raise FloatingPointError("the model's logits are not numbers: nothing can be sampled from it")
     if greedy:
         tokens = scores.argmax(-1)
     else:
-        cumulative = probabilities.cumsum(-1)
-        # Scaled by the sum that rounding has left, and strictly below it: a token of probability 0 is never
-        # drawn.
-        target = (uniform.float() * cumulative[:, -1]).clamp(max=torch.finfo(torch.float32).max)
-        tokens = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
-        tokens = tokens.clamp(max=scores.shape[-1] - 1)
+        # First a block of the vocabulary, then a token in it: one running sum over all of it is several times slower.
+        blocks = nn.functional.pad(probabilities, (0, -scores.shape[-1] % BLOCK)).view(len(scores), -1, BLOCK)
+        block, rest = _invert(blocks.sum(-1), uniform)
+        inside, _ = _invert(blocks[torch.arange(len(block), device=block.device), block], rest)
+        tokens = block * BLOCK + inside
     return tokens, probabilities.gather(-1, tokens[:, None])[:, 0].log()
+
+
+def _invert(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Per row of `weights[R, N]`: the entry that `uniform`[R] in [0, 1) falls on, and where within it, in [0, 1].
+
+    An entry of weight 0 is never chosen.
+    """
+    cumulative = weights.double().cumsum(-1)
+    total = cumulative[:, -1:]
+    # Rounding may bring the product up to the sum itself, past the last entry that has weight.
+    target = torch.minimum(uniform.double()[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    chosen = torch.searchsorted(cumulative, target, right=True).clamp(max=weights.shape[-1] - 1)
+    weight = weights.gather(1, chosen).double()
+    below = cumulative.gather(1, chosen) - weight
+    return chosen[:, 0], ((target - below) / weight).clamp(0, 1)[:, 0]
 
 
 class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]

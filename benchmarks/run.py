@@ -1,0 +1,203 @@
+"""RLME against TRL, and against itself without sharing, on the same training steps.
+
+    python benchmarks/run.py                                regenerates BENCHMARKS.md (a long run)
+    python benchmarks/run.py --workload w1 --json FILE      one workload: seconds of ours, of the peer, ratio
+
+The sides run in processes of their own, one after another in turns, so that a machine that slows down slows both.
+Ratios are medians over pairs of steps. Run it on a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from workloads import WORKLOADS
+
+HERE = Path(__file__).resolve().parent
+STAGES = ("sample", "judge", "update", "step")
+NAMES = {"sample": "sampling", "judge": "judging", "update": "loss and update", "step": "whole step"}
+
+
+def run_side(side: str, workload: str, options: argparse.Namespace, *extra: str) -> dict[str, Any]:
+    """One process of `side.py`; its last line of output."""
+    command = [sys.executable, str(HERE / "side.py"), "--side", side, "--workload", workload]
+    command += ["--model", options.model, "--steps", str(options.steps), "--clock", options.clock, *extra]
+    environment = dict(os.environ)
+    if options.threads:
+        command += ["--threads", str(options.threads)]
+        environment["OMP_NUM_THREADS"] = str(options.threads)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Medians of a workload: per stage seconds, tokens and share of the matrix rate of each side, and paired ratios."""
+    steps = {side: [step for run in results for step in run["steps"]] for side, results in runs.items()}
+    rate = max(run["matmul_gflops"] for results in runs.values() for run in results) * 1e9
+    body = next(iter(runs.values()))[0]["body_weights"]
+    summary: dict[str, Any] = {"stages": {}, "peak_gib": {}, "matmul_gflops": rate / 1e9}
+    for stage in STAGES:
+        row: dict[str, Any] = {}
+        for side, measured in steps.items():
+            seconds = statistics.median(step["seconds"][stage] for step in measured)
+            row[f"{side}_s"] = seconds
+            if stage != "step":
+                tokens = statistics.median(step["tokens"].get(stage, 0) for step in measured)
+                # Forward: 2 operations per weight and token; with backward: 6. The LM head is left out.
+                row[f"{side}_tokens"] = tokens
+                row[f"{side}_rate"] = (6 if stage == "update" else 2) * body * tokens / seconds / rate
+        for other in steps.keys() - {"ours"}:
+            pairs = zip(steps[other], steps["ours"], strict=True)
+            row[f"{other}_ratio"] = statistics.median(a["seconds"][stage] / b["seconds"][stage] for a, b in pairs)
+        summary["stages"][stage] = row
+    for side, results in runs.items():
+        summary["peak_gib"][side] = max(run["peak_gib"] for run in results)
+        summary.setdefault("peak_gpu_gib", {})[side] = max(run["peak_gpu_gib"] for run in results)
+    return summary
+
+
+def stage_table(summary: dict[str, Any], sides: tuple[str, ...]) -> str:
+    """Markdown: one line a stage."""
+    others = [side for side in sides if side != "ours"]
+    names = {"ours": "ours", "peer": "TRL", "off": "sharing off"}
+    head = ["stage", *(f"{names[s]} s" for s in sides), *(f"{names[s]} / ours" for s in others)]
+    head += [*(f"{names[s]} tokens" for s in sides), *(f"{names[s]} % of matrix rate" for s in sides)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for stage, row in summary["stages"].items():
+        cells = [NAMES[stage], *(f"{row[f'{s}_s']:.1f}" for s in sides), *(f"{row[f'{s}_ratio']:.2f}" for s in others)]
+        for s in sides:
+            cells.append("" if stage == "step" else f"{row[f'{s}_tokens']:,.0f}")
+        for s in sides:
+            cells.append("" if stage == "step" else f"{100 * row[f'{s}_rate']:.0f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    peak = ", ".join(f"{names[s]} {summary['peak_gib'][s]:.1f} GiB" for s in sides)
+    return "\n".join(lines) + f"\n\nPeak memory of the process: {peak}.\n"
+
+
+def ratio_table(results: dict[str, dict[str, Any]]) -> str:
+    """Markdown: one line a workload, TRL's seconds over ours."""
+    head = ["workload", *(NAMES[s] for s in STAGES), "ours, s a step", "TRL, s a step", "peak ours / TRL, GiB"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name, summary in results.items():
+        stages, peak = summary["stages"], summary["peak_gib"]
+        cells = [name, *(f"{stages[s]['peer_ratio']:.2f}" for s in STAGES)]
+        cells += [f"{stages['step']['ours_s']:.1f}", f"{stages['step']['peer_s']:.1f}"]
+        lines.append("| " + " | ".join([*cells, f"{peak['ours']:.1f} / {peak['peer']:.1f}"]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def processor() -> str:
+    """The processor's name, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return (names or [platform.processor() or platform.machine()])[0]
+
+
+def document(results: dict[str, dict[str, Any]], profiles: dict[str, Any], options: argparse.Namespace) -> str:
+    """BENCHMARKS.md."""
+    w1 = results["w1"]
+    packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "trl"))
+    clock = "wall clock" if options.clock == "wall" else "processor time of the process"
+    growth = (results["w1-k8"]["stages"]["judge"]["ours_s"] - results["w1-k1"]["stages"]["judge"]["ours_s"]) / 7
+    growth /= results["w1-k1"]["stages"]["judge"]["ours_s"]
+    kinds = list(dict.fromkeys(kind for shares in profiles.values() for kind in shares))
+    profile = ["| stage | " + " | ".join(kinds) + " |", "|" + "---|" * (1 + len(kinds))]
+    for stage, shares in profiles.items():
+        profile.append(f"| {NAMES[stage]} | " + " | ".join(f"{100 * shares.get(k, 0):.0f} %" for k in kinds) + " |")
+    workloads = "\n".join(
+        f"- `{name}`: {w.prompts} prompts of {w.prompt_tokens or 'about 90'} tokens, {w.group} completions of at most "
+        f"{w.completion_tokens} tokens each, {w.questions} questions to {w.evaluators} evaluator(s)"
+        for name, w in WORKLOADS.items()
+        if name in results
+    )
+    return f"""# Benchmarks
+
+Written by `python benchmarks/run.py`; do not edit. Machine: {processor()}, {os.cpu_count()} cores; {packages};
+model {options.model}; {clock}, {options.threads or "all"} threads; medians of {options.repeats} x {options.steps}
+steps, sides in turns. bfloat16 matrix products were measured at {w1["matmul_gflops"]:.0f} GFLOP/s.
+
+*Ours* is `RLMETrainer`. *TRL* is `GRPOTrainer` with a reward function as a careful user writes it: batched by length,
+evaluator in bfloat16, logits of the label positions only, and the fastest settings found (8 rows a pass, bfloat16
+autocast, no gradient checkpointing). *Sharing off* is `RLMETrainer(share_prefixes=False)`. Model, prompts, questions,
+loss and optimizer are the same. *Tokens* are positions that went through a model, padding included. *Matrix rate* is
+the share of the measured matrix-product rate that the transformer layers' arithmetic alone accounts for.
+
+## One training step (w1)
+
+{stage_table(w1, ("ours", "peer", "off"))}
+A further question adds {100 * growth:.1f} % to the judging time of the first (from 1 to 8 questions).
+
+## What is left
+
+Share of each stage's time on our side, by kind of operation (torch profiler):
+
+{chr(10).join(profile)}
+
+Matrix products and attention are the floor of this computation at these token counts; what is not in these two columns
+is what better kernels could still remove.
+
+## Other workloads: TRL's time over ours
+
+{ratio_table(results)}
+{workloads}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", choices=sorted(WORKLOADS), help="this one alone; BENCHMARKS.md stays as it is")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
+    parser.add_argument("--model", default="builtin:smollm2-135m")
+    parser.add_argument("--steps", type=int, default=2, help="measured steps of each process (one more runs first)")
+    parser.add_argument("--repeats", type=int, default=2, help="processes of each side")
+    parser.add_argument("--threads", type=int, default=0, help="0: as torch chooses")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: on a machine that is shared")
+    options = parser.parse_args()
+    chosen = [options.workload] if options.workload else list(WORKLOADS)
+    console = Console(stderr=True)
+    results: dict[str, dict[str, Any]] = {}
+    profiles: dict[str, Any] = {}
+    plan = [
+        (name, repeat, side)
+        for name in chosen
+        for repeat in range(options.repeats if name == "w1" or options.workload else 1)
+        for side in (("ours", "peer", "off") if name == "w1" and not options.workload else ("ours", "peer"))
+    ]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        task = progress.add_task("", total=len(plan) + (0 if options.workload else 3))
+        runs: dict[str, dict[str, list[dict[str, Any]]]] = {}
+        for name, _, side in plan:
+            progress.update(task, description=f"{name}: {side}")
+            runs.setdefault(name, {}).setdefault(side, []).append(run_side(side, name, options))
+            progress.advance(task)
+        results = {name: summarise(sides) for name, sides in runs.items()}
+        for stage in () if options.workload else STAGES[:3]:
+            progress.update(task, description=f"profile: {stage}")
+            profiles[stage] = run_side("ours", "w1", options, "--profile", stage)["profile"]
+            progress.advance(task)
+    if options.json:
+        options.json.write_text(json.dumps({"workloads": results, "profiles": profiles}, indent=2) + "\n")
+    if options.workload:
+        print(stage_table(results[options.workload], ("ours", "peer")))
+    else:
+        (HERE.parent / "BENCHMARKS.md").write_text(document(results, profiles, options))
+        print(f"wrote {HERE.parent / 'BENCHMARKS.md'}")
+
+
+if __name__ == "__main__":
+    main()
