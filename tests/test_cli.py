@@ -174,3 +174,11 @@ def test_completions_cannot_move_the_cursor() -> None:
     console.print(examples([row], 1))
     text = console.export_text()
     assert "[red]x[/red]" in text and "\x1b[2J" not in text
+
+
+def test_the_configuration_page_is_up_to_date() -> None:
+    import runpy
+
+    docs = Path(__file__).parents[1] / "docs"
+    page = runpy.run_path(str(docs / "make_configuration.py"))["page"]()
+    assert page == (docs / "configuration.md").read_text(), "run: python docs/make_configuration.py"

@@ -20,8 +20,8 @@ _ITEM = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s+\S", re.MULTILINE)
 
 
 def has_list(text: str) -> bool:
-    """Whether a text has a list: at least two lines that start as items do. The reward never sees this rule."""
-    return len(_ITEM.findall(text)) >= 2
+    """Whether a text has a list: a line that starts as an item does (`- `, `* `, `1. `). No reward sees this rule."""
+    return _ITEM.search(text) is not None
 
 
 def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from rlme.data import PromptSet
 from rlme.reward import Row, judgement_metrics
-from rlme.training.monitors import Alarm, batch_monitors
+from rlme.training.monitors import Alarm, batch_monitors, best_metric, best_step, replay
 from rlme.training.run_folder import RunFolder
 from rlme.training.trainer import RLMETrainer
 
@@ -56,7 +56,9 @@ class Recorder(TrainerCallback):
         self.held_out, self.eval_every, self.on_alarm = held_out, eval_every, on_alarm
         self.load_seconds = load_seconds
         self.on_step = on_step
-        self.alarm = Alarm()
+        self.alarm = Alarm(prompts=len(held_out) if held_out is not None else 1)
+        self.measured: dict[int, float] = {}
+        """Step -> the held-out number that the best checkpoint is chosen by."""
         self.rows: list[Row] = []
         self.stopped_by: str | None = None
         self._step_started = time.perf_counter()
@@ -71,8 +73,10 @@ class Recorder(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure the starting model, unless a resumed run already has."""
-        for record in self.folder.read_lines():
-            self._watch(record)  # the alarm's window belongs to the state
+        lines = self.folder.read_lines()  # of a resumed run: alarm and best checkpoint follow from them
+        replay(self.alarm, lines, self._held_out_names())
+        for line in lines:
+            self._note_best(line)
         if state.global_step == 0 and self.held_out is not None:
             self._write({"step": 0, "time/load": self.load_seconds, **self.measure(0)}, [])
         self._step_started = time.perf_counter()
@@ -91,29 +95,49 @@ class Recorder(TrainerCallback):
             record["time/load"] = self.load_seconds
         if self.held_out is not None and (step % self.eval_every == 0 or step == state.max_steps):
             record |= self.measure(step)
-        if alarm := self._watch(record):
+            self._note_best(record)
+        names = self._held_out_names()
+        held_out = {name: record[f"eval/{name}"] for name in names if f"eval/{name}" in record}
+        if alarm := self.alarm.update(step, record.get("reward"), held_out):
             record["alarm"] = alarm
-            control.should_save = True
             if self.on_alarm == "stop":
                 self.stopped_by = alarm
-                control.should_training_stop = True
+                control.should_save = control.should_training_stop = True
+        if step in self.protected:
+            control.should_save = True
         self._write(record, self.rows)
         self.rows = []
         self._step_started = time.perf_counter()
 
-    def _watch(self, record: Record) -> str | None:
-        held_out = {k: v for k, v in record.items() if k in ("gold/accuracy", "eval/gold/accuracy")}
-        weights = self.trainer.reward.weights
-        names = [
-            f"{e.name}/{q.name}"
-            for e in self.trainer.reward.evaluators(self.trainer)
-            for q in self.trainer.reward.questions
-        ]
-        for name, weight in zip(names, weights, strict=False):
-            if weight == 0:
-                key = f"judge/{name}/probability"
-                held_out |= {k: record[k] for k in (key, f"eval/{key}") if k in record}
-        return self.alarm.update(record["step"], record.get("reward"), held_out)
+    @property
+    def protected(self) -> set[int]:
+        """Steps whose checkpoints stay: the best one, and those that an alarm could name as the last good one."""
+        best = best_step(self.measured)
+        return self.alarm.candidates | ({best} if best is not None else set())
+
+    def _held_out_names(self) -> list[str]:
+        """Numbers the policy is not trained on: gold, and judgements of weight 0."""
+        reward = self.trainer.reward
+        names = [f"{e.name}/{q.name}" for e in reward.evaluators(self.trainer) for q in reward.questions]
+        free = [f"judge/{name}/probability" for name, w in zip(names, reward.weights, strict=True) if w == 0]
+        return ["gold/accuracy", *free]
+
+    def _note_best(self, record: Record) -> None:
+        values = {name: record[f"eval/{name}"] for name in self._held_out_names() if f"eval/{name}" in record}
+        metric = best_metric(values)
+        if metric is None or record["step"] == 0:  # of the starting model there is no checkpoint
+            return
+        self.measured[record["step"]] = values[metric]
+        best = best_step(self.measured)
+        if best == record["step"] and self.trainer.accelerator.is_main_process:
+            self.folder.write_best(
+                {
+                    "step": best,
+                    "metric": f"eval/{metric}",
+                    "value": values[metric],
+                    "checkpoint": f"checkpoints/checkpoint-{best}",
+                }
+            )
 
     def _write(self, record: Record, rows: list[Row]) -> None:
         record = {k: v for k, v in record.items() if not isinstance(v, float) or math.isfinite(v)}

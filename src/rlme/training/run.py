@@ -97,7 +97,6 @@ def train(config: Config, console: Console, *, resume: RunFolder | None = None) 
     trainer.accelerator.wait_for_everyone()
     if resume is not None and not trainer.accelerator.is_main_process:
         step, checkpoint = folder.last_checkpoint()
-    trainer.checkpoint_done = lambda path: folder.finish_checkpoint(path, config.train.keep_checkpoints)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     display = Display(console, steps=config.train.steps, done=step, show_every=config.train.show_every)
@@ -117,6 +116,9 @@ def train(config: Config, console: Console, *, resume: RunFolder | None = None) 
         on_step=show,
     )
     trainer.add_callback(recorder)
+    trainer.checkpoint_done = lambda path: folder.finish_checkpoint(
+        path, config.train.keep_checkpoints, recorder.protected
+    )
     interrupt = Interrupt(console)
     trainer.add_callback(interrupt)
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,10 @@ class RunFolder:
         """The resolved configuration with versions and seeds."""
         _replace(self.config, yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True).encode())
 
+    def write_best(self, content: Mapping[str, Any]) -> None:
+        """Which checkpoint is the best one, by what, in best.json."""
+        _replace(self.path / "best.json", (json.dumps(dict(content), indent=2) + "\n").encode())
+
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """One line; flushed, so that a kill loses at most the line being written."""
         with open(self.metrics, "a", encoding="utf-8") as file:
@@ -105,14 +109,17 @@ class RunFolder:
         pq.write_table(table, partial, compression="zstd")
         os.replace(partial, path)
 
-    def finish_checkpoint(self, folder: Path, keep: int) -> None:
-        """Mark a checkpoint as whole, then drop old ones: at every moment at least one whole one is there."""
+    def finish_checkpoint(self, folder: Path, keep: int, protected: Collection[int] = ()) -> None:
+        """Mark a checkpoint as whole, then drop old ones but the `protected` steps: at every moment at least one whole
+        one is there."""
         for path in folder.rglob("*"):
             if path.is_file():
                 _sync(path)
         _replace(folder / COMPLETE, b"")
         _sync(folder)
         for old in self._whole_checkpoints()[:-keep]:
+            if _step_of(old) in protected:
+                continue
             (old / COMPLETE).unlink()  # first, so that a kill in the middle of the deletion leaves no half one
             shutil.rmtree(old)
 

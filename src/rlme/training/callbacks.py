@@ -1,0 +1,58 @@
+"""Ending a run cleanly, and warning about labels that hold little probability."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+from rich.console import Console
+from transformers import TrainerCallback
+
+
+class Interrupt(TrainerCallback):
+    """Ctrl-C (or SIGTERM) ends the run after the current step with everything saved; a second one ends it at once."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        self.console.print("stopping after this step; press Ctrl-C again to stop at once (the last checkpoint stays)")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask the trainer to save and stop."""
+        if self.requested:
+            control.should_save = control.should_training_stop = True
+
+
+class MassWarning:
+    """Warn once per question when its labels hold little of the evaluator's probability."""
+
+    def __init__(self, console: Console, threshold: float) -> None:
+        self.console, self.threshold = console, threshold
+        self.warned: set[str] = set()
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        for key, value in record.items():
+            if key.startswith("judge/") and key.endswith("/mass") and value < self.threshold and key not in self.warned:
+                self.warned.add(key)
+                _, evaluator, question, _ = key.split("/", 3) if key.count("/") == 3 else ("", key, "", "")
+                self.console.print(
+                    f"warning: evaluator {evaluator!r} puts only {value:.0%} of its probability on the labels of "
+                    f"question {question!r}; its verdicts may mean little (try another template or read-out)",
+                    style="yellow",
+                    markup=False,
+                )

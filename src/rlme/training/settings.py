@@ -1,0 +1,131 @@
+"""The file's training settings as TRL and PEFT arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any
+
+import torch
+from trl import GRPOConfig
+
+from rlme.config import Config
+from rlme.errors import InputError
+from rlme.models import default_device
+from rlme.training.run_folder import RunFolder
+
+# Arguments of TRL that our own keys set; asking for them under `trl:` names the key to use.
+_OURS = {
+    "output_dir": "output",
+    "max_steps": "train.steps",
+    "num_train_epochs": "train.steps",
+    "num_generations": "train.group_size",
+    "generation_batch_size": "train.prompts_per_step",
+    "learning_rate": "train.learning_rate",
+    "max_completion_length": "train.max_completion_tokens",
+    "temperature": "train.temperature",
+    "top_p": "train.top_p",
+    "top_k": "train.top_k",
+    "min_p": "train.min_p",
+    "repetition_penalty": "train.repetition_penalty",
+    "loss_type": "train.loss",
+    "epsilon": "train.clip",
+    "epsilon_high": "train.clip",
+    "importance_sampling_level": "train.ratio",
+    "num_iterations": "train.updates_per_batch",
+    "beta": "train.kl",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "gradient_checkpointing": "train.gradient_checkpointing",
+    "seed": "train.seed",
+    "data_seed": "train.seed",
+    "save_steps": "train.checkpoint_every",
+    "save_total_limit": "train.keep_checkpoints",
+    "save_strategy": "train.checkpoint_every",
+    "eval_strategy": "train.eval_every",
+    "logging_steps": "metrics.jsonl, which has a line for every step",
+    "resume_from_checkpoint": "rlme train --resume",
+    "reward_weights": "questions and evaluators (their weights)",
+}
+
+
+def trl_arguments(config: Config, folder: RunFolder, *, processes: int = 1) -> GRPOConfig:
+    """The paper's settings (RLME App. A) and the file's, as TRL arguments; `trl:` comes last."""
+    train = config.train
+    known = {f.name for f in dataclasses.fields(GRPOConfig) if f.init}
+    for key in config.trl:
+        if key in _OURS:
+            raise InputError(f"trl.{key} is set by this project: use {_OURS[key]}")
+        if key not in known:
+            near = difflib.get_close_matches(key, sorted(known), n=1)
+            raise InputError(
+                f"trl.{key} is no argument of TRL's GRPOConfig" + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+    batch = train.prompts_per_step * train.group_size
+    if batch % processes:
+        raise InputError(
+            f"train.prompts_per_step * train.group_size is {batch}, expected a multiple of the {processes} processes"
+        )
+    cispo = train.loss == "cispo"
+    clip = train.clip if train.clip is not None else 5.0 if cispo else 0.2
+    bf16 = train.precision == "bfloat16" or (train.precision == "auto" and torch.cuda.is_available())
+    settings: dict[str, Any] = {
+        "output_dir": str(folder.checkpoints),
+        "max_steps": train.steps,
+        "per_device_train_batch_size": batch // processes,
+        "gradient_accumulation_steps": 1,
+        "num_generations": train.group_size,
+        "num_iterations": train.updates_per_batch,
+        "learning_rate": train.learning_rate,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.95,
+        "adam_epsilon": 1e-15,
+        "max_completion_length": train.max_completion_tokens,
+        "temperature": train.temperature,
+        "top_p": train.top_p,
+        "top_k": train.top_k,
+        "min_p": train.min_p or None,
+        "repetition_penalty": train.repetition_penalty,
+        "loss_type": train.loss,
+        # TRL's CISPO clamps the ratio at epsilon_high itself, an absolute upper bound; it has no lower one
+        "epsilon": 1e4 if cispo else clip,
+        "epsilon_high": clip if cispo else None,
+        "importance_sampling_level": train.ratio,
+        "scale_rewards": "none",
+        "beta": train.kl,
+        "bf16": bf16,
+        "use_cpu": default_device().type == "cpu",  # Transformers wants this said before it allows bfloat16 there
+        "gradient_checkpointing": train.gradient_checkpointing,
+        "seed": train.seed,
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": train.checkpoint_every,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+    }
+    accumulate = config.trl.get("gradient_accumulation_steps")
+    if accumulate and "per_device_train_batch_size" not in config.trl:
+        settings["per_device_train_batch_size"] = batch // processes // accumulate
+    try:
+        return GRPOConfig(**(settings | config.trl))
+    except (ValueError, TypeError, ImportError) as error:
+        raise InputError(f"TRL does not accept these settings: {error}") from None
+
+
+def lora_arguments(config: Config) -> Any:
+    """PEFT's configuration, or None when all weights are trained."""
+    if config.lora is None:
+        return None
+    from peft import LoraConfig
+
+    lora = config.lora
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
