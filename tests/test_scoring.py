@@ -272,6 +272,28 @@ def test_hidden_states_of_any_tree_equal_plain_forwards(given_sequences):
             assert (row[torch.from_numpy(path)] - alone).abs().max() < 1e-4
 
 
+# -- wrappers and files --
+
+
+@pytest.mark.parametrize("find_unused", [False, True])
+def test_distributed_data_parallel(llama, tmp_path, find_unused):
+    expected = loss_and_gradients(llama)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.FileStore(str(tmp_path / "s"), 1), rank=0)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(llama, find_unused_parameters=find_unused)
+        assert_equal(loss_and_gradients(wrapped), expected)
+        assert_equal(loss_and_gradients(wrapped), expected)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_saved_model_knows_nothing_of_the_tree(llama, tmp_path):
+    install(llama)
+    llama.save_pretrained(tmp_path)
+    assert "rlme" not in (tmp_path / "config.json").read_text()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+
+
 # -- what cannot share --
 
 

@@ -69,16 +69,16 @@ def ask(
     from rlme import ask as asking
     from rlme.commands import read_config
     from rlme.errors import InputError
+    from rlme.evaluators.build import make_judging, make_questions
     from rlme.judging import check_templates
     from rlme.questions import Question
-    from rlme.training.build import make_judging, make_questions
 
     console = Console()
     settings = read_config(config, overrides or [])
-    questions = [*make_questions(settings), *(Question(text) for text in wording or [])]
+    questions = [*make_questions(settings.questions), *(Question(text) for text in wording or [])]
     if not questions:
         raise InputError("there is no question: the configuration has none, and no --ask was given")
-    variants = _variants(make_judging(settings), template or [], readout or [])
+    variants = _variants(make_judging(settings.judging), template or [], readout or [])
     groups, evaluators = _load(settings, data, completion, label, prompts, samples, console)
     columns = sorted({name for group in groups for c in group for name in c.sample.columns})
     for variant in variants:
@@ -119,7 +119,7 @@ def select(
 
     from rlme import select as selecting
     from rlme.commands import read_config
-    from rlme.training.build import make_judging, make_questions
+    from rlme.evaluators.build import make_judging, make_questions
 
     console = Console()
     settings = read_config(config, overrides or [])
@@ -128,10 +128,10 @@ def select(
         task = bar.add_task("judging", total=len(evaluators) * len(groups))
         chosen = selecting.choose(
             groups,
-            make_questions(settings),
+            make_questions(settings.questions),
             evaluators,
             settings.evaluator_weights(),
-            make_judging(settings),
+            make_judging(settings.judging),
             advance=lambda done: bar.advance(task, done),
         )
     report = selecting.evaluate(groups, chosen, accuracy=accuracy, seed=seed)

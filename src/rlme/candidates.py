@@ -58,8 +58,9 @@ def needs_policy(config: Config, *, sampling: bool) -> bool:
 
 def load_evaluators(config: Config, policy: Policy | None) -> list[Evaluator]:
     """The configured evaluators. `live` and `frozen` are the same weights before training."""
+    from rlme.evaluators.build import STYLES
     from rlme.evaluators.local import LocalEvaluator
-    from rlme.training.build import STYLES, make_evaluator
+    from rlme.training.build import judge_options, make_evaluator
 
     evaluators: list[Evaluator] = []
     for spec in config.evaluators:
@@ -71,15 +72,11 @@ def load_evaluators(config: Config, policy: Policy | None) -> list[Evaluator]:
                     policy.tokenizer,
                     name=spec.label,
                     chat=STYLES[spec.style],
-                    token_budget=config.train.token_budget,
-                    share=config.train.share_prefixes,
-                    max_context_tokens=config.judging.max_context_tokens,
+                    **judge_options(config),
                 )
             )
         else:
-            made = make_evaluator(spec, config)
-            assert not isinstance(made, str)
-            evaluators.append(made)
+            evaluators.append(make_evaluator(spec, config))
     return evaluators
 
 

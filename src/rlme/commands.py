@@ -48,6 +48,8 @@ def read_config(name: str, overrides: Sequence[str] = (), output: Path | None = 
         content["output"] = str(output)
     elif "output" not in content:
         content["output"] = f"runs/{path.stem}"
+    if "judge" in content and "questions" not in content:
+        raise InputError(f"{path} has a `judge` section: it is a file for rlme align, not for rlme train")
     config = validate(Config, content, str(path))
     for key in ("train", "eval"):
         value = getattr(config.data, key)
@@ -169,12 +171,13 @@ def list_recipes(table: Path | None) -> None:
     rows = []
     for name, path in recipe_files().items():
         first = path.read_text(encoding="utf-8").split("\n", 1)[0]
-        rows.append({"recipe": name, "about": first.lstrip("# ").strip()})
+        command = "align" if "judge" in read_yaml(path) else "train"
+        rows.append({"recipe": name, "command": f"rlme {command} {name}", "about": first.lstrip("# ").strip()})
     shown = Table()
-    shown.add_column("recipe")
+    shown.add_column("command")
     shown.add_column("about")
     for row in rows:
-        shown.add_row(row["recipe"], Text(row["about"]))
+        shown.add_row(row["command"], Text(row["about"]))
     Console().print(shown)
     if table is not None:
         table.write_text(json.dumps(rows, indent=2))

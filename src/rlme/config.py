@@ -16,7 +16,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
 
 
-def _from(field: str) -> BeforeValidator:
+def short_for(field: str) -> BeforeValidator:
     """Accept the bare value of `field` where a mapping is expected: `model: gpt2` for `model: {path: gpt2}`."""
     return BeforeValidator(lambda value: value if isinstance(value, dict | BaseModel) else {field: value})
 
@@ -252,14 +252,14 @@ class TrainConfig(Section):
     """Seeds data order, sampling, adapter weights and anchors."""
 
 
-def _named_questions(value: Any) -> Any:
+def named_questions(value: Any) -> Any:
     """`name: text` is short for `name: {ask: text}`."""
     if isinstance(value, dict):
         return {name: {"ask": q} if isinstance(q, str) else q for name, q in value.items()}
     return value
 
 
-def _evaluators(value: Any) -> Any:
+def evaluator_list(value: Any) -> Any:
     """`live`, `frozen` or a model's name is short for `{model: ...}`; a single one needs no list."""
     if isinstance(value, str | dict):
         value = [value]
@@ -269,17 +269,17 @@ def _evaluators(value: Any) -> Any:
 class Config(Section):
     """A run of `rlme train`."""
 
-    model: Annotated[ModelConfig, _from("path")]
+    model: Annotated[ModelConfig, short_for("path")]
     """The policy: a hub id, a folder, a .gguf file, `builtin:smollm2-135m`, or {path, dtype, revision, ...}."""
-    data: Annotated[DataConfig, _from("train")]
+    data: Annotated[DataConfig, short_for("train")]
     """Prompts, and gold if there is any."""
-    questions: Annotated[dict[str, QuestionConfig], BeforeValidator(_named_questions)] = {}
+    questions: Annotated[dict[str, QuestionConfig], BeforeValidator(named_questions)] = {}
     """name: question text, or name: {ask, weight, target, template, readout}."""
-    evaluators: Annotated[list[EvaluatorConfig], BeforeValidator(_evaluators)] = [EvaluatorConfig(model="live")]
+    evaluators: Annotated[list[EvaluatorConfig], BeforeValidator(evaluator_list)] = [EvaluatorConfig(model="live")]
     """live | frozen | a model | {model, weight, name, dtype, ...} | {endpoint: {...}}."""
     judging: JudgingConfig = JudgingConfig()
     """Template and read-out of the questions."""
-    reward: Annotated[RewardConfig, _from("mode")] = RewardConfig()
+    reward: Annotated[RewardConfig, short_for("mode")] = RewardConfig()
     """Reward mode, anchors, and what happens when judgements fail."""
     train: TrainConfig = TrainConfig()
     """The loop."""

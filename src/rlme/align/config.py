@@ -15,13 +15,13 @@ from rlme.config import (
     ModelConfig,
     QuestionConfig,
     Section,
-    _evaluators,
-    _from,
-    _named_questions,
+    evaluator_list,
+    named_questions,
+    short_for,
 )
 
-Evaluators = Annotated[list[EvaluatorConfig], BeforeValidator(_evaluators)]
-Questions = Annotated[dict[str, QuestionConfig], BeforeValidator(_named_questions)]
+Evaluators = Annotated[list[EvaluatorConfig], BeforeValidator(evaluator_list)]
+Questions = Annotated[dict[str, QuestionConfig], BeforeValidator(named_questions)]
 
 
 class AlignDataConfig(Section):
@@ -168,9 +168,9 @@ class CompareStage(Section):
 class AlignConfig(Section):
     """A run of `rlme align`."""
 
-    model: Annotated[ModelConfig, _from("path")]
+    model: Annotated[ModelConfig, short_for("path")]
     """The model to align."""
-    data: Annotated[AlignDataConfig, _from("train")]
+    data: Annotated[AlignDataConfig, short_for("train")]
     """Prompts with references."""
     sft: SFTStage | None = SFTStage()
     """null: start from the model as it is."""

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Protocol as Interface
 
 from rlme.align.config import JudgeStage
-from rlme.align.evaluators import make_judging, make_questions
 from rlme.align.judge import PairwiseJudge
 from rlme.align.prompts import AlignPrompt
 from rlme.align.protocols import load_protocol
 from rlme.align.ranking import Candidates, Ranking, calls_needed, instruction_text, rank
 from rlme.config import EvaluatorConfig
 from rlme.evaluators.base import Evaluator
+from rlme.evaluators.build import make_judging, make_questions
 from rlme.judging import Sample, check_templates, judge
 from rlme.reward import weighted_sum
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from rlme.align.config import AlignConfig
-from rlme.align.evaluators import build_evaluators
 from rlme.align.prompts import AlignPrompt, encode_prompt
 from rlme.config import EvaluatorConfig
 from rlme.evaluators.base import Evaluator
+from rlme.evaluators.build import STYLES, build_evaluators
 from rlme.evaluators.local import LocalEvaluator
 from rlme.models import load_model
 from rlme.sampling import sample
@@ -59,9 +59,10 @@ class RunModels:
         longest = self.config.judge.judging.max_context_tokens
         options: dict[str, Any] = {"token_budget": self.config.token_budget, "max_context_tokens": longest}
 
-        def policy(kind: str) -> Evaluator:
-            model = self._model(live if kind == "live" else frozen)
-            return LocalEvaluator(lambda: _reading(model), self.tokenizer, name=kind, **options)
+        def policy(spec: EvaluatorConfig) -> Evaluator:
+            model = self._model(live if spec.model == "live" else frozen)
+            chat = STYLES[spec.style]
+            return LocalEvaluator(lambda: _reading(model), self.tokenizer, name=spec.label, chat=chat, **options)
 
         if any(c.model in ("live", "frozen") for c in configs):
             return build_evaluators(configs, policy, **options)

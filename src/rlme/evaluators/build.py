@@ -1,11 +1,79 @@
-"""From a name to an evaluator: live, frozen, or another model."""
+"""From the configuration to evaluators and questions: the policy itself, another model, an endpoint."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from rlme.config import EvaluatorConfig, JudgingConfig, QuestionConfig, TemplateConfig
 from rlme.errors import InputError
 from rlme.evaluators.base import Evaluator
+from rlme.judging import Judging
+from rlme.questions import Question, Template
+
+STYLES = {"auto": None, "chat": True, "completion": False}
+"""`style` of an evaluator -> asked through a chat template? None: when it has one."""
+
+Self = Callable[[EvaluatorConfig], Evaluator]
+"""Gives the policy as an evaluator, `live` or `frozen`, where there is a policy."""
+
+
+def build_evaluators(specs: Sequence[EvaluatorConfig], policy: Self | None = None, **options: Any) -> list[Evaluator]:
+    """One evaluator per entry, in order, under the names that tables show.
+
+    `options`: `max_context_tokens`, the longest context any of them is given (None: its own limit), and `token_budget`
+    and `share` of those in this process.
+
+    Raises:
+        InputError: two entries of one name; `live` or `frozen` where there is no policy; a model that cannot be had.
+    """
+    names = [spec.label for spec in specs]
+    if duplicate := next((n for n in names if names.count(n) > 1), None):
+        raise InputError(f"two evaluators are called {duplicate!r}: give one of them another `name`")
+    return [build_evaluator(spec, policy, **options) for spec in specs]
+
+
+def build_evaluator(spec: EvaluatorConfig, policy: Self | None = None, **options: Any) -> Evaluator:
+    """The evaluator of one entry of the file."""
+    chat = STYLES[spec.style]
+    if spec.endpoint is not None:
+        from rlme.evaluators.endpoint import EndpointEvaluator
+
+        longest = options.get("max_context_tokens")
+        return EndpointEvaluator(spec.endpoint, name=spec.label, chat=chat, max_context_tokens=longest)
+    assert spec.model is not None
+    if spec.model in ("live", "frozen"):
+        if policy is None:
+            raise InputError(f"evaluator {spec.model!r} is a policy in training; name a model or an endpoint here")
+        return policy(spec)
+    return model_evaluator(
+        spec.model,
+        name=spec.label,
+        dtype=spec.dtype,
+        revision=spec.revision,
+        trust_remote_code=spec.trust_remote_code,
+        load_in_4bit=spec.load_in_4bit,
+        chat=chat,
+        **options,
+    )
+
+
+def make_questions(questions: Mapping[str, QuestionConfig]) -> list[Question]:
+    """The file's questions."""
+    return [
+        Question(q.ask, name, q.weight, q.target, _template(q.template), q.readout) for name, q in questions.items()
+    ]
+
+
+def make_judging(config: JudgingConfig) -> Judging:
+    """The file's judging section."""
+    template = _template(config.template)
+    assert template is not None
+    return Judging(template, config.readout, config.joint, config.reason_tokens, config.reason_then)
+
+
+def _template(value: str | TemplateConfig | None) -> str | Template | None:
+    return Template(value.kind, value.text) if isinstance(value, TemplateConfig) else value
 
 
 def named_evaluator(source: str, trainer: Any = None, *, name: str | None = None, **options: Any) -> Evaluator:

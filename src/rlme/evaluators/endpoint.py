@@ -75,7 +75,7 @@ class EndpointEvaluator:
 
     def logprobs(self, requests: Sequence[Request]) -> list[Answer]:
         """One answer per request, in their order whatever the timing."""
-        return self.start(requests).result()
+        return _result(self.start(requests))
 
     def start(self, requests: Sequence[Request]) -> Future[list[Answer]]:
         """As `logprobs`, without waiting: judging goes on while the caller samples the next batch."""
@@ -125,9 +125,10 @@ class EndpointEvaluator:
             return None
 
     def close(self) -> None:
-        """Close the connections and end the event loop."""
-        self._loop.run(self._client.close())
-        self._loop.stop()
+        """Close the connections and end the event loop. A second time does nothing."""
+        if not self._loop.ended:
+            self._loop.run(self._client.close())
+            self._loop.stop()
 
     async def _in_families(
         self, requests: Sequence[Request], ask: Callable[[Request], Coroutine[Any, Any, T]]
@@ -216,6 +217,15 @@ async def _all(work: list[Coroutine[Any, Any, T]]) -> list[T]:
     return [task.result() for task in tasks]
 
 
+def _result(future: Future[T]) -> T:
+    """The future's result. Ctrl-C while waiting cancels the calls: nothing is asked, or paid for, behind one's back."""
+    try:
+        return future.result()
+    except BaseException:
+        future.cancel()
+        raise
+
+
 class _Loop:
     """An event loop on a thread of its own, so that callers need not be asynchronous."""
 
@@ -230,7 +240,12 @@ class _Loop:
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run something to its end."""
-        return self.submit(work).result()
+        return _result(self.submit(work))
+
+    @property
+    def ended(self) -> bool:
+        """Whether it was stopped."""
+        return self._loop.is_closed()
 
     def stop(self) -> None:
         """End the thread."""

@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import cast
 
-from rlme.align.evaluators import make_judging, make_questions
 from rlme.align.judge import PairwiseJudge
 from rlme.align.protocols import Protocol, load_protocol
 from rlme.align.stage import fingerprint
 from rlme.errors import InputError
 from rlme.evaluators.base import Evaluator
+from rlme.evaluators.build import make_judging, make_questions
 from rlme.judgebench.config import BenchConfig
 from rlme.judgebench.items import BenchSet, PairItem, load_set
 from rlme.judgebench.run import Advance, Record, Run, Shown, judge_pairs, judge_points

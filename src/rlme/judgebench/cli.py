@@ -139,10 +139,10 @@ def _judge(settings: Any, folder: Path | None, console: Console) -> list[Run]:
         TimeRemainingColumn,
     )
 
-    from rlme.align.evaluators import build_evaluators
     from rlme.align.protocols import load_protocol
     from rlme.align.stage import Lines
     from rlme.commands import _quiet
+    from rlme.evaluators.build import build_evaluators
     from rlme.judgebench.bench import load_sets, plan
     from rlme.judgebench.run import as_record, save_records
 

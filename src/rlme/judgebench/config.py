@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from rlme.config import EvaluatorConfig, JudgingConfig, QuestionConfig, Section, _evaluators, _named_questions
+from rlme.config import EvaluatorConfig, JudgingConfig, QuestionConfig, Section, evaluator_list, named_questions
 
 
 class SetConfig(Section):
@@ -44,13 +44,13 @@ def parse_set(text: str) -> dict[str, str]:
 class BenchConfig(Section):
     """A run of `rlme judge-bench`."""
 
-    judges: Annotated[list[EvaluatorConfig], BeforeValidator(_evaluators)] = Field(default_factory=list)
+    judges: Annotated[list[EvaluatorConfig], BeforeValidator(evaluator_list)] = Field(default_factory=list)
     """Models or endpoints: a name, or {model, name, style, ...}, or {endpoint: {...}}."""
     sets: Annotated[list[SetConfig], BeforeValidator(_sets)] = Field(default_factory=list)
     """What they are measured on."""
     protocols: list[str] = Field(default_factory=lambda: ["base"])
     """For pairs: base, refeval, refmatch, vanilla, cot, reference, href, or a file with your own."""
-    questions: Annotated[dict[str, QuestionConfig], BeforeValidator(_named_questions)] = Field(default_factory=dict)
+    questions: Annotated[dict[str, QuestionConfig], BeforeValidator(named_questions)] = Field(default_factory=dict)
     """For single answers: questions as in `rlme train`."""
     judging: JudgingConfig = JudgingConfig()
     """Template and read-out of the questions."""

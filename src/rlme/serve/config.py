@@ -13,9 +13,9 @@ from rlme.config import (
     RewardConfig,
     Section,
     TemplateConfig,
-    _evaluators,
-    _from,
-    _named_questions,
+    evaluator_list,
+    named_questions,
+    short_for,
 )
 from rlme.errors import InputError
 from rlme.evaluators.base import Evaluator
@@ -28,13 +28,13 @@ from rlme.reward import MetaReward
 class ServeConfig(Section):
     """The judging half of a run's configuration. The keys of the training half may be there and are not used."""
 
-    questions: Annotated[dict[str, QuestionConfig], BeforeValidator(_named_questions)]
+    questions: Annotated[dict[str, QuestionConfig], BeforeValidator(named_questions)]
     """name: question text, or name: {ask, weight, target, template, readout}."""
-    evaluators: Annotated[list[EvaluatorConfig], BeforeValidator(_evaluators)]
+    evaluators: Annotated[list[EvaluatorConfig], BeforeValidator(evaluator_list)]
     """A model | {model, weight, name, dtype, ...} | {endpoint: {...}}. There is no policy here, so no `live`."""
     judging: JudgingConfig = JudgingConfig()
     """Template and read-out of the questions."""
-    reward: Annotated[RewardConfig, _from("mode")] = RewardConfig()
+    reward: Annotated[RewardConfig, short_for("mode")] = RewardConfig()
     """Reward mode; rlvr parts use the `answer` that comes with a completion."""
     data: Any = None
     """`answer`, `completion_format` and `compare` as in a run's file: with `data.answer`, items may bring a known

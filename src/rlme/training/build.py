@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from rlme.config import Config, EvaluatorConfig, TemplateConfig
+from rlme.config import Config, EvaluatorConfig
 from rlme.data import PromptSet, build_prompts, load_rows
 from rlme.evaluators.base import Evaluator
-from rlme.evaluators.build import model_evaluator, named_evaluator
-from rlme.judging import Judging
-from rlme.questions import Question, Template
+from rlme.evaluators.build import STYLES, build_evaluator, make_judging, make_questions, named_evaluator
 from rlme.reward import MetaReward, anchored_rows
-
-STYLES = {"auto": None, "chat": True, "completion": False}
 
 
 def load_prompts(config: Config, tokenizer: Any) -> tuple[PromptSet, PromptSet | None]:
@@ -44,61 +40,32 @@ def load_prompts(config: Config, tokenizer: Any) -> tuple[PromptSet, PromptSet |
     return train, held_out
 
 
-def make_questions(config: Config) -> list[Question]:
-    """The file's questions."""
-    return [
-        Question(q.ask, name, q.weight, q.target, _template(q.template), q.readout)
-        for name, q in config.questions.items()
-    ]
-
-
-def make_judging(config: Config) -> Judging:
-    """The file's judging section."""
-    j = config.judging
-    template = _template(j.template)
-    assert template is not None
-    return Judging(template, j.readout, j.joint, j.reason_tokens, j.reason_then)
-
-
-def _template(value: str | TemplateConfig | None) -> str | Template | None:
-    return Template(value.kind, value.text) if isinstance(value, TemplateConfig) else value
-
-
-def make_evaluator(spec: EvaluatorConfig, config: Config) -> str | Evaluator:
-    """One evaluator of the file; `live` and a LoRA run's `frozen` stay names until there is a trainer."""
-    if spec.endpoint is not None:
-        from rlme.evaluators.endpoint import EndpointEvaluator
-
-        return EndpointEvaluator(spec.endpoint, name=spec.label)
-    assert spec.model is not None
-    source = spec.model
-    loading: dict[str, Any] = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
-    if source == "frozen":
+def make_evaluator(spec: EvaluatorConfig, config: Config) -> Evaluator:
+    """An evaluator that needs no trainer: another model, an endpoint, or (without an adapter) the frozen self."""
+    if spec.model == "frozen":
         # Without an adapter to switch off, the frozen self is a copy, loaded from where the policy came from: a
         # resumed run must not freeze the weights it resumes with.
-        source = config.model.path
-        loading = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
-    chat = STYLES[spec.style]
-    return model_evaluator(
-        source,
-        name=spec.label,
-        dtype=spec.dtype,
-        load_in_4bit=spec.load_in_4bit,
-        chat=chat,
-        token_budget=config.train.token_budget,
-        share=config.train.share_prefixes,
-        max_context_tokens=config.judging.max_context_tokens,
-        **loading,
-    )
+        own = {"model": config.model.path, "revision": config.model.revision, "name": spec.label}
+        spec = spec.model_copy(update={**own, "trust_remote_code": config.model.trust_remote_code})
+    return build_evaluator(spec, **judge_options(config))
+
+
+def judge_options(config: Config) -> dict[str, Any]:
+    """What every evaluator in this process is given."""
+    return {
+        "token_budget": config.train.token_budget,
+        "share": config.train.share_prefixes,
+        "max_context_tokens": config.judging.max_context_tokens,
+    }
 
 
 def make_reward(config: Config, evaluators: list[str | Evaluator]) -> MetaReward:
     """The file's reward."""
     return MetaReward(
-        make_questions(config),
+        make_questions(config.questions),
         evaluators,
         evaluator_weights=config.evaluator_weights(),
-        judging=make_judging(config),
+        judging=make_judging(config.judging),
         mode=config.reward.mode,
         combine=config.reward.combine,
         rlvr_weight=config.reward.rlvr_weight,

@@ -17,19 +17,11 @@ from transformers import PrinterCallback, ProgressCallback
 
 from rlme.config import Config
 from rlme.errors import RunStopped
+from rlme.evaluators.build import STYLES, make_judging, make_questions
 from rlme.evaluators.local import LocalEvaluator
 from rlme.judging import check_templates, plan_questions
 from rlme.models import load_model, load_tokenizer
-from rlme.training.build import (
-    STYLES,
-    adopt,
-    load_prompts,
-    make_evaluator,
-    make_judging,
-    make_questions,
-    make_reward,
-    training_dataset,
-)
+from rlme.training.build import adopt, load_prompts, make_evaluator, make_reward, training_dataset
 from rlme.training.callbacks import Interrupt, MassWarning
 from rlme.training.display import Display
 from rlme.training.recorder import Recorder
@@ -54,13 +46,12 @@ def train(config: Config, console: Console, *, resume: RunFolder | None = None) 
                 console.print(f"{name}: {line}", markup=False, highlight=False)
     if config.reward.mode != "rlme" or config.reward.anchor > 0:
         prompts.require_gold()
-    judged = bool(config.questions)
-    if judged:
-        check_templates(make_questions(config), make_judging(config), list(prompts.prompts[0].columns))
+    questions, judging = make_questions(config.questions), make_judging(config.judging)
+    check_templates(questions, judging, list(prompts.prompts[0].columns))
     folder = resume or RunFolder(config.folder)
     arguments = trl_arguments(config, folder, processes=int(os.environ.get("WORLD_SIZE", "1")))
     model = load_model(config.model.path, dtype=config.model.dtype, **loading)
-    specs = config.evaluators if judged else []
+    specs = config.evaluators if questions else []
     deferred = {"live"} | ({"frozen"} if config.lora else set())
     evaluators = [str(s.model) if s.model in deferred else make_evaluator(s, config) for s in specs]
     for spec, evaluator in zip(specs, evaluators, strict=True):
@@ -70,7 +61,7 @@ def train(config: Config, console: Console, *, resume: RunFolder | None = None) 
             if isinstance(evaluator, str)
             else evaluator
         )
-        plan_questions(asked, make_questions(config), make_judging(config))
+        plan_questions(asked, questions, judging)
     reward = make_reward(config, evaluators)
     if resume is None and main:
         folder = RunFolder.create(config.folder)
