@@ -194,7 +194,7 @@ def test_labels_beyond_the_first_list_are_asked_for_again(monkeypatch: pytest.Mo
     monkeypatch.setattr(endpoint_tokens, "FIRST_TOP", 50)
     with fake.fake_endpoint("llama") as server:
         judge = evaluator(server)
-        requests = [ask(f"Question {i}?", "~", "`", "^") for i in range(20)]
+        requests = [ask(f"Question {i}?", "~", "`", "^") for i in range(8)]
         for request, answer in zip(requests, judge.logprobs(requests), strict=True):
             assert answer.logprobs == pytest.approx(truth(request))
         assert any(body["logprobs"] == len(fake.VOCABULARY) for _, body in server.bodies if "logprobs" in body)
