@@ -278,7 +278,8 @@ def test_hidden_states_of_any_tree_equal_plain_forwards(given_sequences):
 @pytest.mark.parametrize("find_unused", [False, True])
 def test_distributed_data_parallel(llama, tmp_path, find_unused):
     expected = loss_and_gradients(llama)
-    torch.distributed.init_process_group("gloo", store=torch.distributed.FileStore(str(tmp_path / "s"), 1), rank=0)
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         wrapped = torch.nn.parallel.DistributedDataParallel(llama, find_unused_parameters=find_unused)
         assert_equal(loss_and_gradients(wrapped), expected)

@@ -35,6 +35,7 @@ def tiny_config(folder: Path, model: Path, **changes: Any) -> dict[str, Any]:
             "max_completion_tokens": 6,
             "learning_rate": 1e-3,
             "show_every": 0,
+            "precision": "float32",
         },
         "output": str(folder / "run"),
     }

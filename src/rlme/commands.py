@@ -72,6 +72,11 @@ def _quiet() -> None:
     transformers_logging.disable_progress_bar()  # of loading weights from disk; downloads keep theirs
 
 
+def _console() -> Console:
+    """Of several processes only the first one speaks."""
+    return Console(quiet=os.environ.get("RANK", "0") != "0")
+
+
 def train_config(name: str, overrides: Sequence[str], output: Path | None, table: Path | None) -> Path:
     """`rlme train CONFIG`."""
     config = read_config(name, overrides, output)
@@ -81,7 +86,7 @@ def train_config(name: str, overrides: Sequence[str], output: Path | None, table
             f"rlme train --resume {config.folder}"
         )
     _quiet()
-    console = Console()
+    console = _console()
     from rlme.training.run import train
 
     folder = train(config, console)
@@ -113,7 +118,7 @@ def resume_run(path: Path, overrides: Sequence[str], table: Path | None) -> None
             raise InputError(f"--set {item!r}: a run goes on as it was; only {', '.join(RESUMABLE)} can change")
     config = validate(Config, apply_overrides(content, overrides), str(folder.config))
     _quiet()
-    console = Console()
+    console = _console()
     from rlme.training.run import train
 
     step, _ = folder.last_checkpoint()

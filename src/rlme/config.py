@@ -231,7 +231,8 @@ class TrainConfig(Section):
     kl: float = Field(0.0, ge=0)
     """Weight of the KL to the starting model (TRL's beta); 0 needs no reference model."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of sampling, judging by the policy, and the loss. auto: bfloat16 on a GPU, float32 on a CPU."""
+    """Arithmetic of sampling, judging by the policy, and the loss (weights and optimiser stay as they are). auto:
+    bfloat16 where the hardware has it (GPUs, CPUs with AVX512-BF16), else float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     share_prefixes: bool = True

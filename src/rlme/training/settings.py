@@ -49,6 +49,11 @@ _OURS = {
 }
 
 
+def fast_bfloat16() -> bool:
+    """Whether this machine multiplies bfloat16 matrices in hardware: a GPU, or a CPU with AVX512-BF16."""
+    return torch.cuda.is_available() or bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+
+
 def trl_arguments(config: Config, folder: RunFolder, *, processes: int = 1) -> GRPOConfig:
     """The paper's settings (RLME App. A) and the file's, as TRL arguments; `trl:` comes last."""
     train = config.train
@@ -68,7 +73,7 @@ def trl_arguments(config: Config, folder: RunFolder, *, processes: int = 1) -> G
         )
     cispo = train.loss == "cispo"
     clip = train.clip if train.clip is not None else 5.0 if cispo else 0.2
-    bf16 = train.precision == "bfloat16" or (train.precision == "auto" and torch.cuda.is_available())
+    bf16 = train.precision == "bfloat16" or (train.precision == "auto" and fast_bfloat16())
     settings: dict[str, Any] = {
         "output_dir": str(folder.checkpoints),
         "max_steps": train.steps,
