@@ -45,15 +45,17 @@ class TileBatch:
         self.queries = torch.from_numpy(queries).to(device).flatten()
         self.keys = torch.from_numpy(keys).to(device).flatten()
         self.allowed = torch.from_numpy(allowed).to(device)
-        distance = positions[queries][:, :, None] - positions[keys][:, None, :]
-        self.distance = torch.from_numpy(distance).to(device)
+        self.positions = tuple(torch.from_numpy(positions[index]).to(device) for index in (queries, keys))
         self.masks: dict[tuple[int | None, torch.dtype, int], Tensor] = {}
 
     def mask(self, window: int | None, dtype: torch.dtype, heads: int = 1) -> Tensor:
         """[N, heads, Lq, Lk] additive mask (0 or -inf), made once and used by all layers with this window."""
         key = window, dtype, heads
         if key not in self.masks:
-            allowed = self.allowed if window is None else self.allowed & (self.distance < window)
+            allowed = self.allowed
+            if window is not None:
+                of_query, of_key = self.positions
+                allowed = allowed & (of_query[:, :, None] - of_key[:, None, :] < window)
             mask = torch.zeros(self.shape, dtype=dtype, device=allowed.device)
             mask = mask.masked_fill_(~allowed, float("-inf"))[:, None]
             self.masks[key] = mask.repeat(1, heads, 1, 1) if heads > 1 else mask
@@ -110,8 +112,10 @@ def tree_attention(
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [S, heads, d]
     # On CPUs, PyTorch's fused attention differentiates bfloat16 at a tenth of the matrix rate; plain products and a
     # softmax take a third of its time. Without gradients the gain is small, and fused scores are more exact.
-    on_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16
-    products = on_cpu and torch.is_grad_enabled() and dropout == 0
+    on_cpu = query.device.type == "cpu"
+    products = on_cpu and query.dtype == torch.bfloat16 and torch.is_grad_enabled() and dropout == 0
+    if not on_cpu and query.shape[1] != key.shape[1]:  # with a mask, fused GPU kernels want as many key heads
+        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
     outputs = []
     for batch in layout.batches:
         count, widest, longest = batch.shape

@@ -21,7 +21,7 @@ class Display:
 
     def __init__(self, console: Console, *, steps: int, done: int, show_every: int) -> None:
         self.console, self.steps, self.show_every = console, steps, show_every
-        self._started, self._first = time.monotonic(), done
+        self._started, self._first, self._last = time.monotonic(), done, ""
         self.progress = Progress(
             TextColumn("[bold]step"),
             MofNCompleteColumn(),
@@ -41,9 +41,14 @@ class Display:
     def __exit__(self, *exception: object) -> None:
         self.progress.stop()
 
+    def stage(self, name: str) -> None:
+        """What the step is busy with now (on a terminal)."""
+        self.progress.update(self.task, summary=f"{name} ... · {self._last}" if self._last else f"{name} ...")
+
     def update(self, record: Record, rows: list[Record]) -> None:
         """After each update (and the measurement before the first)."""
         step, line = record["step"], summary(record)
+        self._last = line
         self.progress.update(self.task, completed=step, summary=line)
         if not self.console.is_terminal:
             self.console.print(f"step {step}/{self.steps}{self._left(step)}  {line}", markup=False, soft_wrap=True)

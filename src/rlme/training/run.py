@@ -50,10 +50,12 @@ def train(config: Config, console: Console, *, resume: RunFolder | None = None) 
     check_templates(questions, judging, list(prompts.prompts[0].columns))
     folder = resume or RunFolder(config.folder)
     arguments = trl_arguments(config, folder, processes=int(os.environ.get("WORLD_SIZE", "1")))
-    model = load_model(config.model.path, dtype=config.model.dtype, **loading)
+    with console.status(f"loading {config.model.path}"):
+        model = load_model(config.model.path, dtype=config.model.dtype, **loading)
     specs = config.evaluators if questions else []
     deferred = {"live"} | ({"frozen"} if config.lora else set())
-    evaluators = [str(s.model) if s.model in deferred else make_evaluator(s, config) for s in specs]
+    with console.status("loading the evaluators"):
+        evaluators = [str(s.model) if s.model in deferred else make_evaluator(s, config) for s in specs]
     for spec, evaluator in zip(specs, evaluators, strict=True):
         # what cannot be asked is said now, before anything is written
         asked = (
@@ -91,6 +93,7 @@ def train(config: Config, console: Console, *, resume: RunFolder | None = None) 
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     display = Display(console, steps=config.train.steps, done=step, show_every=config.train.show_every)
+    trainer.on_stage = display.stage
     watch = MassWarning(console, config.judging.mass_warning)
 
     def show(record: dict[str, Any], rows: list[dict[str, Any]]) -> None:

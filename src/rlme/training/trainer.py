@@ -40,6 +40,7 @@ class RLMETrainer(GRPOTrainer):
         share_prefixes: compute the prompt of a group once in sampling and loss. Models that cannot are served by the
             plain path, with a warning that names the reason.
         token_budget: tokens in one forward-backward pass; whole groups are kept together where they fit.
+        on_stage: called with the name of each stage (sample, judge, update) as it begins.
         checkpoint_done: called with a checkpoint's folder when everything is in it.
         on_rollouts: called with (step, rows) as soon as a batch is judged; `step` is the first update that uses it.
         stop_strings: a completion ends after any of these.
@@ -57,6 +58,7 @@ class RLMETrainer(GRPOTrainer):
         token_budget: int = 8192,
         stop_strings: list[str] | None = None,
         on_rollouts: Callable[[int, list[Row]], None] | None = None,
+        on_stage: Callable[[str], None] | None = None,
         checkpoint_done: Callable[[Path], None] | None = None,
         **trl_arguments: Any,
     ) -> None:
@@ -65,6 +67,7 @@ class RLMETrainer(GRPOTrainer):
         self.token_budget = token_budget
         self.stop_strings = stop_strings or []
         self.on_rollouts = on_rollouts
+        self.on_stage = on_stage
         self.checkpoint_done = checkpoint_done
         self.timings: dict[str, float] = {}
         """Seconds of each stage since the last update's metrics were written: sample, judge, update."""
@@ -312,6 +315,8 @@ class RLMETrainer(GRPOTrainer):
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
+        if self.on_stage is not None:
+            self.on_stage(stage)
         started = time.perf_counter()
         yield
         self.timings[stage] = self.timings.get(stage, 0.0) + time.perf_counter() - started
