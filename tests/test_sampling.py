@@ -168,3 +168,16 @@ def test_a_broken_model_ends_sampling(llama):
         llama.lm_head.weight[7] = float("nan")
     with pytest.raises(FloatingPointError, match="not numbers"):
         sample(llama, PROMPTS, 2, **PLAIN)
+
+
+def test_the_nucleus_equals_the_sorted_one() -> None:
+    from transformers import TopPLogitsWarper
+
+    from rlme.sampling import Nucleus
+
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.zeros(1, 1, dtype=torch.long)
+    for spread in (0.1, 1.0, 4.0):  # flat ones do not fit into the head and are sorted whole
+        for top_p in (0.1, 0.9, 0.95, 0.999):
+            scores = torch.randn(6, 3000, generator=generator) * spread
+            assert torch.equal(Nucleus(top_p)(ids, scores.clone()), TopPLogitsWarper(top_p)(ids, scores.clone()))
