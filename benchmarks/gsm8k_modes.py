@@ -40,7 +40,7 @@ MODES: dict[str, dict[str, Any]] = {
     "rlvr+rlme": {"reward": {"mode": "rlvr+rlme"}, "evaluators": ["live"]},
     "anchor": {"reward": {"anchor": 0.5}, "evaluators": ["live"]},
 }
-STEPS, PROMPTS, GROUP = 2, 2, 4
+STEPS, PROMPTS, GROUP, TOKENS = 2, 2, 3, 40
 
 
 def configuration(mode: dict[str, Any], model: str, other: str, data: Path, output: Path) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def configuration(mode: dict[str, Any], model: str, other: str, data: Path, outp
             "steps": STEPS,
             "prompts_per_step": PROMPTS,
             "group_size": GROUP,
-            "max_completion_tokens": 64,
+            "max_completion_tokens": TOKENS,
             "learning_rate": 1e-6,
             "precision": "float32",
             "checkpoint_every": 1,
@@ -61,6 +61,7 @@ def configuration(mode: dict[str, Any], model: str, other: str, data: Path, outp
             "show_every": 0,
         },
         "output": str(output),
+        "trl": {"save_only_model": True},  # the checkpoints serve to recompute, not to resume
         **mode,
     }
     return dict(json.loads(json.dumps(content).replace("OTHER", other)))
@@ -190,7 +191,7 @@ def main() -> None:
     if options.output:
         about = (
             "# Every mode on GSM8K, checked by hand\n\n"
-            f"{STEPS} steps of {PROMPTS} prompts x {GROUP} completions of at most 64 tokens, two questions, float32, "
+            f"{STEPS} steps of {PROMPTS} prompts x {GROUP} completions of at most {TOKENS} tokens, two questions, float32, "
             f"seed 0, torch {torch.__version__}, {torch.get_num_threads()} threads. Largest absolute difference between the "
             "run folder and a recomputation from full logits, one completion at a time.\n\n"
             "Made by `benchmarks/gsm8k_modes.py`.\n\n"

@@ -160,9 +160,7 @@ def tiny_word_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["<unk>", "<eos>", "yes", "no", "is", "the", "answer", "correct", "question", "?", ".", ":"]
     level = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     level.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=level, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=level, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>")
     folder = tmp_path_factory.mktemp("tiny-word")
     make_model("llama", tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -151,7 +151,7 @@ def test_overrides_reach_everything(tmp_path: Path) -> None:
 def test_data_beside_the_configuration_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "conf").mkdir()
     (tmp_path / "conf" / "p.jsonl").write_text('{"prompt": "Hi"}\n')
-    (tmp_path / "conf" / "c.yaml").write_text("model: m\ndata: p.jsonl\nquestions: {q: \"Is it?\"}\n")
+    (tmp_path / "conf" / "c.yaml").write_text('model: m\ndata: p.jsonl\nquestions: {q: "Is it?"}\n')
     monkeypatch.chdir(tmp_path)
     assert read_config("conf/c.yaml").data.train == str(Path("conf") / "p.jsonl")
 

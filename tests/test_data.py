@@ -246,9 +246,7 @@ class TestPrompts:
 
 def test_gsm8k(shared_data: Path, chat_tokenizer: Any) -> None:
     rows = load_rows(shared_data / "gsm8k" / "train.jsonl", limit=500)
-    made = build_prompts(
-        rows, prompt="question", answer="answer", answer_from="####", tokenizer=chat_tokenizer
-    )
+    made = build_prompts(rows, prompt="question", answer="answer", answer_from="####", tokenizer=chat_tokenizer)
     assert len(made) == 500 and made.report.sentences() == [f"500 prompts from 500 rows of {rows.source}"]
     made.require_gold()
     assert not any("####" in json.dumps(prompt.columns) for prompt in made.prompts)

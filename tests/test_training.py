@@ -284,7 +284,7 @@ def test_recipes_run_with_a_small_model(recipe: str, tiny_policy_dir: Path, tmp_
         assert any("list" in w for w in what)
     else:
         train(recipe, "-o", str(tmp_path / "run"), *arguments)
-    assert len(read_rollouts(tmp_path / "run")) == 48
+    assert len(read_rollouts(tmp_path / "run")) == 40
 
 
 def test_every_shipped_training_recipe_parses() -> None:

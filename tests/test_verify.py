@@ -167,9 +167,7 @@ def test_gsm8k_gold_and_labels(shared_data: Path) -> None:
     for file in ("train.jsonl", "test.jsonl"):
         for record in load_rows(shared_data / "gsm8k" / file).records:
             gold = extract_answer(record["answer"], "####")
-            assert (
-                gold == record["answer"].split("#### ")[1].strip() == extract_answer(record["answer"], "auto")
-            )
+            assert gold == record["answer"].split("#### ")[1].strip() == extract_answer(record["answer"], "auto")
             assert is_correct(f"Hence \\boxed{{{gold}}}.", gold) and is_correct(f"It is ${gold}.", gold)
     judged = load_rows(shared_data / "gsm8k" / "judged.jsonl").records
     agree = 0
