@@ -8,7 +8,8 @@ from typing import Any, Literal
 from rlme.config import EvaluatorConfig, JudgingConfig, QuestionConfig, TemplateConfig
 from rlme.errors import InputError
 from rlme.evaluators.base import Evaluator
-from rlme.judging import Judging
+from rlme.judgement import Message, Request
+from rlme.judging import Judging, plan_questions
 from rlme.questions import Question, Template
 
 STYLES = {"auto": None, "chat": True, "completion": False}
@@ -56,6 +57,26 @@ def build_evaluator(spec: EvaluatorConfig, policy: Self | None = None, **options
         chat=chat,
         **options,
     )
+
+
+def check_evaluator(evaluator: Evaluator, questions: Sequence[Question], judging: Judging) -> None:
+    """Refuse at the start what the evaluator cannot answer.
+
+    Raises:
+        InputError: a label that its tokenizer cannot write, a chat template without chat, a server that does not give
+            the log-probabilities of a read-out; each with the alternative.
+    """
+    try:
+        plans = plan_questions(evaluator, questions, judging)
+    except ConnectionError as error:
+        raise InputError(f"evaluator {evaluator.name!r}: {error}") from None
+    check: Any = getattr(evaluator, "check", None)  # a server's: one real call
+    if check is None:
+        return
+    for plan in plans:
+        turn: Message = {"role": "user", "content": ""}
+        prefill = "" if plan.reason else plan.readout.prefill
+        check([Request("" if plan.template.kind == "text" else (turn,), plan.continuations, prefill)])
 
 
 def make_questions(questions: Mapping[str, QuestionConfig]) -> list[Question]:

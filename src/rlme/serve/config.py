@@ -12,16 +12,12 @@ from rlme.config import (
     QuestionConfig,
     RewardConfig,
     Section,
-    TemplateConfig,
     evaluator_list,
     named_questions,
     short_for,
 )
-from rlme.errors import InputError
 from rlme.evaluators.base import Evaluator
-from rlme.judgement import Message, Request
-from rlme.judging import Judging
-from rlme.questions import Question, Template
+from rlme.evaluators.build import build_evaluators, check_evaluator, make_judging, make_questions
 from rlme.reward import MetaReward
 
 
@@ -68,45 +64,17 @@ class ServeConfig(Section):
 
 def make_evaluators(config: ServeConfig) -> list[Evaluator]:
     """Load the models and probe the endpoints."""
-    return [_evaluator(spec, config) for spec in config.evaluators]
-
-
-def _evaluator(spec: EvaluatorConfig, config: ServeConfig) -> Evaluator:
-    chat = {"auto": None, "chat": True, "completion": False}[spec.style]
-    if spec.endpoint is not None:
-        from rlme.evaluators.endpoint import EndpointEvaluator
-
-        return EndpointEvaluator(
-            spec.endpoint, name=spec.label, chat=chat, max_context_tokens=config.judging.max_context_tokens
-        )
-    from rlme.evaluators.build import model_evaluator
-
-    assert spec.model is not None
-    return model_evaluator(
-        spec.model,
-        name=spec.label,
-        dtype=spec.dtype,
-        revision=spec.revision,
-        load_in_4bit=spec.load_in_4bit,
-        trust_remote_code=spec.trust_remote_code,
-        chat=chat,
-        max_context_tokens=config.judging.max_context_tokens,
-    )
+    return build_evaluators(config.evaluators, max_context_tokens=config.judging.max_context_tokens)
 
 
 def make_reward(config: ServeConfig, evaluators: list[Evaluator]) -> MetaReward:
     """The reward of the file. One `MetaReward` belongs to one thread; evaluators may be shared."""
-    j = config.judging
     data = config.data if isinstance(config.data, dict) else {}
-    judging = Judging(_template(j.template) or "auto", j.readout, j.joint, j.reason_tokens, j.reason_then)
     return MetaReward(
-        [
-            Question(q.ask, name, q.weight, q.target, _template(q.template), q.readout)
-            for name, q in config.questions.items()
-        ],
+        make_questions(config.questions),
         evaluators,
         evaluator_weights=config.weights(),
-        judging=judging,
+        judging=make_judging(config.judging),
         mode=config.reward.mode,
         combine=config.reward.combine,
         rlvr_weight=config.reward.rlvr_weight,
@@ -119,21 +87,5 @@ def make_reward(config: ServeConfig, evaluators: list[Evaluator]) -> MetaReward:
 
 def check_labels(config: ServeConfig, evaluators: list[Evaluator]) -> None:
     """Refuse at the start what an evaluator cannot answer. `InputError` with the alternative."""
-    from rlme.evaluators.endpoint import EndpointEvaluator
-    from rlme.judging import plan_questions
-
-    reward = make_reward(config, evaluators)
     for evaluator in evaluators:
-        try:
-            plans = plan_questions(evaluator, reward.questions, reward.judging)
-        except ConnectionError as error:
-            raise InputError(f"evaluator {evaluator.name!r}: {error}") from None
-        if isinstance(evaluator, EndpointEvaluator):
-            turn: Message = {"role": "user", "content": ""}
-            for plan in plans:
-                prefill = "" if plan.reason else plan.readout.prefill
-                evaluator.check([Request("" if plan.template.kind == "text" else (turn,), plan.continuations, prefill)])
-
-
-def _template(value: str | TemplateConfig | None) -> str | Template | None:
-    return Template(value.kind, value.text) if isinstance(value, TemplateConfig) else value
+        check_evaluator(evaluator, make_questions(config.questions), make_judging(config.judging))

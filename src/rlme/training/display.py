@@ -48,6 +48,8 @@ class Display:
     def update(self, record: Record, rows: list[Record]) -> None:
         """After each update (and the measurement before the first)."""
         step, line = record["step"], summary(record)
+        if step == self._first:
+            self._started = time.monotonic()  # the measurement before the first step is no measure of a step
         self._last = line
         self.progress.update(self.task, completed=step, summary=line)
         if not self.console.is_terminal:

@@ -17,9 +17,9 @@ from transformers import PrinterCallback, ProgressCallback
 
 from rlme.config import Config
 from rlme.errors import RunStopped
-from rlme.evaluators.build import STYLES, make_judging, make_questions
+from rlme.evaluators.build import STYLES, check_evaluator, make_judging, make_questions
 from rlme.evaluators.local import LocalEvaluator
-from rlme.judging import check_templates, plan_questions
+from rlme.judging import check_templates
 from rlme.models import load_model, load_tokenizer
 from rlme.training.build import adopt, load_prompts, make_evaluator, make_reward, training_dataset
 from rlme.training.callbacks import Interrupt, MassWarning
@@ -63,7 +63,9 @@ def train(config: Config, console: Console, *, resume: RunFolder | None = None) 
             if isinstance(evaluator, str)
             else evaluator
         )
-        plan_questions(asked, questions, judging)
+        check_evaluator(asked, questions, judging)
+        if main and (found := getattr(asked, "summary", None)):
+            console.print(found, markup=False, highlight=False)
     reward = make_reward(config, evaluators)
     if resume is None and main:
         folder = RunFolder.create(config.folder)
