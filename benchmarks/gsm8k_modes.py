@@ -192,8 +192,8 @@ def main() -> None:
         about = (
             "# Every mode on GSM8K, checked by hand\n\n"
             f"{STEPS} steps of {PROMPTS} prompts x {GROUP} completions of at most {TOKENS} tokens, two questions, "
-            f"float32, seed 0, torch {torch.__version__}, {torch.get_num_threads()} threads. Largest absolute difference between "
-            "the run folder and a recomputation from full logits, one completion at a time.\n\n"
+            f"float32, seed 0, torch {torch.__version__}, {torch.get_num_threads()} threads. Largest absolute "
+            "difference between the run folder and a recomputation from full logits, one completion at a time.\n\n"
             "Made by `benchmarks/gsm8k_modes.py`.\n\n"
         )
         options.output.write_text(about + "\n".join(lines) + "\n")

@@ -68,6 +68,7 @@ CASES: dict[str, tuple[Change, list[str]]] = {
     "evaluator weights all zero": (put("evaluators", [{"model": "live", "weight": 0}]), ["weight", "zero"]),
     "group size 1": (put("train.group_size", 1), ["train.group_size", "1", "2"]),
     "two evaluators of one name": (put("evaluators", ["live", "live"]), ["live", "name"]),
+    "misspelt evaluator": (put("evaluators", ["liv"]), ["liv", "live"]),
     "missing data file": (put("data.train", "nowhere.jsonl"), ["nowhere.jsonl"]),
     "malformed line": (malformed_line, ["prompts.jsonl", "line 2"]),
     "line that is no object": (rows(*PROMPTS[:1], [1, 2]), ["prompts.jsonl", "line 2"]),  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -169,6 +170,9 @@ class EvaluatorConfig(Section):
     def _one_source(self) -> Self:
         if (self.model is None) == (self.endpoint is None):
             raise ValueError("an evaluator needs exactly one of `model` and `endpoint`")
+        near = difflib.get_close_matches(self.model or "", ("live", "frozen"), n=1, cutoff=0.75)
+        if near and self.model != near[0] and not Path(self.model or "").exists():
+            raise ValueError(f"evaluator {self.model!r}: did you mean {near[0]!r}?")
         return self
 
     @property
