@@ -15,8 +15,8 @@ HEAD = """# Configuration
 
 One YAML file; only `model`, `data` and (unless the reward is `rlvr`) `questions` have to be given. `rlme init` writes a
 starter, `rlme check FILE --show` prints a file with all defaults filled in, `rlme schema` gives the JSON schema for
-editors, and `--set section.key=value` overrides any key on the command line (`--set evaluators.0.weight=0.5` reaches into a
-list). An unknown key is an error that names the nearest known one.
+editors, and `--set section.key=value` overrides any key on the command line (`--set evaluators.0.weight=0.5` reaches
+into a list). An unknown key is an error that names the nearest known one.
 
 Made by `python docs/make_configuration.py`.
 """
