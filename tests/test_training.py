@@ -232,6 +232,20 @@ def test_a_missing_reward_leaves_the_group_mean_and_the_loss(tiny_policy_dir: Pa
         assert line.get("reward_missing") == pytest.approx(sum(r["reward"] is None for r in step) / len(step))
 
 
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("updates", [1, 2])
+def test_kl_is_to_the_starting_model(lora: bool, updates: int, tiny_policy_dir: Path, tmp_path: Path) -> None:
+    config = write_config(
+        tmp_path,
+        tiny_policy_dir,
+        train={"kl": 0.01, "steps": 4, "learning_rate": 0.02, "updates_per_batch": updates},
+        **({"lora": {"r": 2}} if lora else {}),
+    )
+    train(str(config))
+    kl = [line["kl"] for line in read_metrics(tmp_path / "run")]
+    assert kl[0] == pytest.approx(0, abs=1e-5) and all(value > 1e-4 for value in kl[1:])
+
+
 def test_more_prompts_a_step_than_there_are(tiny_policy_dir: Path, tmp_path: Path) -> None:
     train(str(write_config(tmp_path, tiny_policy_dir, train={"prompts_per_step": 8, "steps": 1})))
     assert len(read_rollouts(tmp_path / "run")) == 24

@@ -153,9 +153,11 @@ class RLMETrainer(GRPOTrainer):
             model.train(training)
         drawn = [one for group in groups for one in group]
         self._truncated = [not one.finished for one in drawn]
-        # Under the plain distribution the sampled log-probs are the policy's own: TRL need not recompute them.
+        # Under the plain distribution the sampled log-probs are the policy's own: where TRL asks for them first (only
+        # when a batch serves several updates), it need not recompute them.
+        asked = self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations) != 0
         plain = self.top_p == 1 and not self.top_k and not self.min_p and self.repetition_penalty == 1
-        self._sampled_logps = [one.logprobs for one in drawn] if plain and learning else None
+        self._sampled_logps = [one.logprobs for one in drawn] if asked and plain and learning else None
         return [one.ids for one in drawn], None
 
     def _sampling_seed(self) -> int:
