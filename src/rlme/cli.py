@@ -67,7 +67,7 @@ def quickstart(
     overrides: Overrides = None,
     table: JsonFile = None,
 ) -> None:
-    """Train the built-in model on the quickstart recipe; show answers before and after (5 minutes, 2 cores)."""
+    """Train the built-in model on the quickstart recipe; show answers before and after (7 minutes, 2 cores)."""
     from rlme.commands import run_quickstart
 
     run_quickstart(output, overrides or [], table)
