@@ -150,10 +150,14 @@ def _save_where_it_stands(trainer: RLMETrainer, folder: RunFolder) -> None:
 
 
 def save_final(trainer: RLMETrainer, folder: RunFolder) -> None:
-    """The trained model as safetensors in `final/`; a LoRA adapter is merged, and kept beside in `final-adapter/`."""
+    """The trained model as safetensors in `final/`; a LoRA adapter is merged, and kept beside in `final-adapter/`
+    (with FSDP or DeepSpeed, `final/` holds the adapter itself)."""
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
     model = trainer.accelerator.unwrap_model(trainer.model)
     partial = folder.path / "final.partial"
-    if hasattr(model, "merge_and_unload"):
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # no process holds the weights to merge
+    if hasattr(model, "merge_and_unload") and not sharded:
         if trainer.accelerator.is_main_process:
             model.save_pretrained(folder.path / "final-adapter")
             merged = model.merge_and_unload()
