@@ -246,6 +246,23 @@ def test_kl_is_to_the_starting_model(lora: bool, updates: int, tiny_policy_dir: 
     assert kl[0] == pytest.approx(0, abs=1e-5) and all(value > 1e-4 for value in kl[1:])
 
 
+def test_the_judge_cache_changes_nothing_and_serves_the_next_run(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    from rlme.evaluators.cache import JudgeCache
+
+    cache = tmp_path / "cache.sqlite"
+    runs = []
+    for name, judging in (("without", {}), ("first", {"cache": str(cache)}), ("second", {"cache": str(cache)})):
+        folder = tmp_path / name
+        folder.mkdir()
+        train(str(write_config(folder, tiny_policy_dir, evaluators=["live", "frozen"], judging=judging)))
+        runs.append([(r["completion"], r["reward"]) for r in read_rollouts(folder / "run")])
+        if name == "first":
+            held = JudgeCache(cache).stats()
+    assert runs[0] == runs[1] == runs[2]
+    # one answer for each text and question; nothing of the live policy; the second run added nothing
+    assert held.answers == JudgeCache(cache).stats().answers > 0 and set(held.by_evaluator) == {"frozen"}
+
+
 def test_more_prompts_a_step_than_there_are(tiny_policy_dir: Path, tmp_path: Path) -> None:
     train(str(write_config(tmp_path, tiny_policy_dir, train={"prompts_per_step": 8, "steps": 1})))
     assert len(read_rollouts(tmp_path / "run")) == 24

@@ -139,6 +139,11 @@ class JudgingConfig(Section):
     """What is read after the critique."""
     max_context_tokens: int | None = Field(None, ge=16)
     """Longest context an evaluator is given; a longer one is a failed judgement, never cut. Default: its own limit."""
+    cache: str | None = None
+    """SQLite file that keeps judgements by model, template and exact text, shared by runs and processes. Never used for
+    the live policy, nor for a frozen one whose adapter is switched off."""
+    cache_mb: int = Field(1024, ge=1)
+    """Size of that file, in MiB; the least recently used answers go first."""
     mass_warning: float = Field(0.5, ge=0, le=1)
     """Warn when the mean probability on all labels together is below this."""
 

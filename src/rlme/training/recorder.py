@@ -61,6 +61,7 @@ class Recorder(TrainerCallback):
         """Step -> the held-out number that the best checkpoint is chosen by."""
         self.rows: list[Row] = []
         self.stopped_by: str | None = None
+        self._used: dict[str, dict[str, float]] = {}
         self._step_started = time.perf_counter()
         self._started = self._step_started
         trainer.on_rollouts = self.on_rollouts
@@ -160,8 +161,20 @@ class Recorder(TrainerCallback):
         cost = sum(j["cost"] for row in self.rows for j in row["judgements"])
         if cost:
             record["cost/step"] = cost
+        record |= self._endpoint_use()
         record["memory/peak_mb"] = peak_memory_mb()
         self.trainer.timings, self.trainer.counts = {}, {}
+        return record
+
+    def _endpoint_use(self) -> Record:
+        """Calls, retries, tokens and cost of each evaluator behind an endpoint since the last line."""
+        record: Record = {}
+        for evaluator in self.trainer.reward.evaluators(self.trainer):
+            account = getattr(getattr(evaluator, "inner", evaluator), "account", None)
+            if account is not None:
+                totals, before = account.metrics(), self._used.get(evaluator.name, {})
+                record |= {f"endpoint/{evaluator.name}/{k}": v - before.get(k, 0.0) for k, v in totals.items()}
+                self._used[evaluator.name] = totals
         return record
 
     def measure(self, step: int) -> Record:
