@@ -40,20 +40,22 @@ MODES: dict[str, dict[str, Any]] = {
     "rlvr+rlme": {"reward": {"mode": "rlvr+rlme"}, "evaluators": ["live"]},
     "anchor": {"reward": {"anchor": 0.5}, "evaluators": ["live"]},
 }
-STEPS, PROMPTS, GROUP, TOKENS = 2, 2, 3, 40
+STEPS = 2
 
 
-def configuration(mode: dict[str, Any], model: str, other: str, data: Path, output: Path) -> dict[str, Any]:
+def configuration(
+    mode: dict[str, Any], model: str, other: str, output: Path, options: argparse.Namespace
+) -> dict[str, Any]:
     content = {
         "model": model,
-        "data": {"train": str(data), "prompt": "{{ question }}", "answer": "answer", "limit": 200},
+        "data": {"train": str(options.train), "prompt": "{{ question }}", "answer": "answer", "limit": 200},
         "questions": QUESTIONS,
         "judging": {"template": "reply", "readout": "yes_no"},
         "train": {
             "steps": STEPS,
-            "prompts_per_step": PROMPTS,
-            "group_size": GROUP,
-            "max_completion_tokens": TOKENS,
+            "prompts_per_step": options.prompts,
+            "group_size": options.group,
+            "max_completion_tokens": options.tokens,
             "learning_rate": 1e-6,
             "precision": "float32",
             "checkpoint_every": 1,
@@ -159,26 +161,29 @@ def main() -> None:
     parser.add_argument("--train", type=Path, required=True, help="GSM8K train.jsonl")
     parser.add_argument("--model", action="append", required=True, metavar="NAME=MODEL")
     parser.add_argument("--output", type=Path, help="Markdown file for the table")
+    parser.add_argument("--other", help="model of the other evaluator; default: the next of --model")
+    parser.add_argument("--prompts", type=int, default=2, help="prompts a step")
+    parser.add_argument("--group", type=int, default=3, help="completions of each")
+    parser.add_argument("--tokens", type=int, default=40, help="longest completion")
     parser.add_argument("--only", action="append", help="run only this mode; repeatable")
     options = parser.parse_args()
     models = dict(m.split("=", 1) for m in options.model)
-    tokenizers = {source: load_tokenizer(source) for source in models.values()}
+    sources = {*models.values(), *([options.other] if options.other else [])}
+    tokenizers = {source: load_tokenizer(source) for source in sources}
     questions = [json.loads(line)["question"] for line in options.train.read_text().splitlines()[:200]]
     lines = [
         "| policy | mode | seconds a step | log p | mass | reward | gold | mean reward | mean mass |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, model in models.items():
-        other = next((m for n, m in models.items() if n != name), model)
+        other = options.other or next((m for n, m in models.items() if n != name), model)
         for mode, changes in MODES.items():
             if options.only and mode not in options.only:
                 continue
             with tempfile.TemporaryDirectory() as folder:
                 run = Path(folder) / "run"
                 path = Path(folder) / "config.yaml"
-                path.write_text(
-                    yaml.safe_dump(configuration(changes, model, other, options.train, run), sort_keys=False)
-                )
+                path.write_text(yaml.safe_dump(configuration(changes, model, other, run, options), sort_keys=False))
                 started = time.perf_counter()
                 subprocess.run(
                     [sys.executable, "-m", "rlme", "train", str(path)], check=True, stdout=subprocess.DEVNULL
@@ -191,9 +196,10 @@ def main() -> None:
     if options.output:
         about = (
             "# Every mode on GSM8K, checked by hand\n\n"
-            f"{STEPS} steps of {PROMPTS} prompts x {GROUP} completions of at most {TOKENS} tokens, two questions, "
-            f"float32, seed 0, torch {torch.__version__}, {torch.get_num_threads()} threads. Largest absolute "
-            "difference between the run folder and a recomputation from full logits, one completion at a time.\n\n"
+            f"{STEPS} steps of {options.prompts} prompts x {options.group} completions of at most {options.tokens} "
+            f"tokens, two questions, float32, seed 0, torch {torch.__version__}, {torch.get_num_threads()} threads. "
+            "Largest absolute difference between the run folder and a recomputation from full logits, one completion "
+            "at a time.\n\n"
             "Made by `benchmarks/gsm8k_modes.py`.\n\n"
         )
         options.output.write_text(about + "\n".join(lines) + "\n")
