@@ -304,8 +304,6 @@ def test_the_papers_recipe_runs_with_a_small_model(tiny_base_dir: Path, tmp_path
 @pytest.mark.parametrize("recipe", ["quickstart", "tone"])
 def test_recipes_run_with_a_small_model(recipe: str, tiny_policy_dir: Path, tmp_path: Path) -> None:
     overrides = [f"model={tiny_policy_dir}", "train.steps=1", "train.max_completion_tokens=4", "train.eval_every=1"]
-    if recipe == "tone":
-        overrides.append(f"evaluators.1.model={tiny_policy_dir}")
     arguments = [a for o in overrides for a in ("--set", o)]
     if recipe == "quickstart":
         with pytest.raises(SystemExit) as ended:
