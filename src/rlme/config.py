@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -187,6 +188,12 @@ class EvaluatorConfig(Section):
         return self.name or (source or "evaluator").rstrip("/").removesuffix(".gguf").split("/")[-1].split(":")[-1]
 
 
+def evaluator_weights(evaluators: Sequence[EvaluatorConfig]) -> list[float]:
+    """v_j of equation 3; evaluators without a weight share 1 equally."""
+    open_ = sum(e.weight is None for e in evaluators)
+    return [1 / open_ if e.weight is None else e.weight for e in evaluators]
+
+
 class RewardConfig(Section):
     """How judgements (and gold) become one number."""
 
@@ -328,6 +335,5 @@ class Config(Section):
         return Path(self.output)
 
     def evaluator_weights(self) -> list[float]:
-        """v_j of equation 3, in the order of `evaluators`; those without a weight share 1 equally."""
-        open_ = sum(e.weight is None for e in self.evaluators)
-        return [1 / open_ if e.weight is None else e.weight for e in self.evaluators]
+        """v_j of equation 3, in the order of `evaluators`."""
+        return evaluator_weights(self.evaluators)

@@ -11,7 +11,7 @@ from rlme.align.judge import PairwiseJudge
 from rlme.align.prompts import AlignPrompt
 from rlme.align.protocols import load_protocol
 from rlme.align.ranking import Candidates, Ranking, calls_needed, instruction_text, rank
-from rlme.config import EvaluatorConfig
+from rlme.config import evaluator_weights
 from rlme.evaluators.base import Evaluator
 from rlme.evaluators.build import make_judging, make_questions
 from rlme.judging import Sample, check_templates, judge
@@ -39,12 +39,6 @@ def make_scorer(stage: JudgeStage, evaluators: Sequence[Evaluator]) -> Scorer:
     if stage.questions:
         return QuestionScorer(stage, evaluators, weights)
     return PairScorer(stage, evaluators, weights)
-
-
-def evaluator_weights(evaluators: Sequence[EvaluatorConfig]) -> list[float]:
-    """Those without a weight share 1 equally, as in `rlme train`."""
-    open_ = sum(e.weight is None for e in evaluators)
-    return [1 / open_ if e.weight is None else e.weight for e in evaluators]
 
 
 class PairScorer:

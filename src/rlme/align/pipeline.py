@@ -26,13 +26,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rlme.align import winrates
 from rlme.align.config import AlignConfig
 from rlme.align.judge import PairwiseJudge
-from rlme.align.judging import Group, evaluator_weights, make_scorer
+from rlme.align.judging import Group, make_scorer
 from rlme.align.pairs import Pair, choose, require_pairs
 from rlme.align.prompts import encode_whole, load_prompts
 from rlme.align.protocols import load_protocol
 from rlme.align.ranking import Ranking, instruction_text
 from rlme.align.run_models import RunModels
 from rlme.align.stage import Lines, Stage, fingerprint, source_fingerprint
+from rlme.config import evaluator_weights
 from rlme.errors import InputError, RunStopped
 from rlme.models import load_tokenizer
 

@@ -13,6 +13,7 @@ from rlme.config import (
     RewardConfig,
     Section,
     evaluator_list,
+    evaluator_weights,
     named_questions,
     short_for,
 )
@@ -57,9 +58,8 @@ class ServeConfig(Section):
         return self
 
     def weights(self) -> list[float]:
-        """v_j of equation 3; evaluators without a weight share 1 equally."""
-        open_ = sum(e.weight is None for e in self.evaluators)
-        return [1 / open_ if e.weight is None else e.weight for e in self.evaluators]
+        """v_j of equation 3, in the order of `evaluators`."""
+        return evaluator_weights(self.evaluators)
 
 
 def make_evaluators(config: ServeConfig) -> list[Evaluator]:
