@@ -131,20 +131,29 @@ def continuation_logprobs(
     computed = 0
     with evaluating(model):
         share = share and _may_share(model, sequences, gradient=False)
-        head = LMHead(causal_lm(model))
+        # The head reads the hidden states of all passes together: its weights are read (and cast) once.
+        states: list[Tensor] = []
+        rows: list[int] = []  # for each token of each continuation, the row of `states` before it
+        targets: list[int] = []
+        spans: list[tuple[int, int]] = []
+        kept = 0
         for pack in _packs(sequences, token_budget, share=share):
             forward = _forward(model, [sequences[n] for n in pack], share=share)
             computed += forward.tokens
-            reads: list[int] = []  # the position in `hidden` before each token of each continuation
-            targets: list[int] = []
-            spans: list[tuple[int, int]] = []
+            reads: list[int] = []
             for n, path in zip(pack, forward.paths, strict=True):
                 for a in readers[n]:
                     i, continuation = asked[a]
                     reads.extend(path[len(contexts[i]) - 1 :])
                     targets.extend(continuation)
                     spans.append((a, len(targets)))
-            logprobs = head.read(forward.hidden, torch.tensor(reads), torch.tensor(targets)).tolist()
+            unique, back = np.unique(reads, return_inverse=True)
+            states.append(forward.hidden.index_select(0, torch.from_numpy(unique).to(forward.hidden.device)))
+            rows.extend((back + kept).tolist())
+            kept += len(unique)
+        if states:
+            head = LMHead(causal_lm(model))
+            logprobs = head.read(torch.cat(states), torch.tensor(rows), torch.tensor(targets)).tolist()
             start = 0
             for a, stop in spans:
                 total = math.fsum(logprobs[start:stop])

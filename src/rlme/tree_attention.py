@@ -109,11 +109,14 @@ def tree_attention(
 
     `query`[1, H, S, d], `key` and `value`[1, K, S, d] with K key-value heads -> [1, S, H, d].
     """
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [S, heads, d]
+    kind = query.device.type
+    # Rotary embeddings leave queries and keys in float32; under autocast attention computes in its dtype anyway.
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+    query, key, value = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # [S, heads, d]
     # On CPUs, PyTorch's fused attention differentiates bfloat16 at a tenth of the matrix rate; plain products and a
     # softmax take a third of its time. Without gradients the gain is small, and fused scores are more exact.
-    on_cpu = query.device.type == "cpu"
-    products = on_cpu and query.dtype == torch.bfloat16 and torch.is_grad_enabled() and dropout == 0
+    on_cpu = kind == "cpu"
+    products = on_cpu and dtype == torch.bfloat16 and torch.is_grad_enabled() and dropout == 0
     if not on_cpu and query.shape[1] != key.shape[1]:  # with a mask, fused GPU kernels want as many key heads
         key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
     outputs = []
