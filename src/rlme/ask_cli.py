@@ -268,6 +268,7 @@ def _print_asked(asked: Asked, groups: Groups, console: Console) -> None:
 
 
 def _print_selected(report: Report, console: Console) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
@@ -275,24 +276,21 @@ def _print_selected(report: Report, console: Console) -> None:
     from rlme.training.display import plain
 
     if report.methods:
-        rows = Table(title=f"best of {report.answers:g} answers, {report.prompts} prompts", title_justify="left")
-        rows.add_column("chosen by")
-        for name in (
-            "evaluator",
-            "accuracy",
-            "calibration-AUC",
-            "selective-AUC",
-            "at 50 %",
-            "threshold",
-            "kept",
-            "right",
-        ):
-            rows.add_column(name, justify="right" if name != "evaluator" else "left", no_wrap=True)
+        several = len({m.evaluator for m in report.methods if m.evaluator}) > 1
+        title = f"best of {report.answers:g} answers, {report.prompts} prompts"
+        rows = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+        rows.add_column("chosen by", no_wrap=True)
+        if several:
+            rows.add_column("evaluator", no_wrap=True)
+        rows.add_column("accuracy", justify="right", no_wrap=True)
+        # Headers break at their spaces, so that the table fits into 80 columns.
+        for name in ("calibr. AUC", "select. AUC", "at 50 %", "thresh- old", "kept", "right"):
+            rows.add_column(name, justify="right")
         for m in report.methods:
             rows.add_row(
-                m.name, Text(plain(m.evaluator, 24)), _interval(m.accuracy), _number(m.calibration_auc, ".3f"),
-                _number(m.selective_auc, ".3f"), _number(m.at_half, ".3f"), _number(m.threshold),
-                _number(m.coverage, ".0%"), _number(m.kept_accuracy, ".3f"),
+                m.name, *([Text(plain(m.evaluator, 24))] if several else []), _interval(m.accuracy),
+                _number(m.calibration_auc, ".3f"), _number(m.selective_auc, ".3f"), _number(m.at_half, ".3f"),
+                _number(m.threshold), _number(m.coverage, ".0%"), _number(m.kept_accuracy, ".3f"),
             )  # fmt: skip
         console.print(rows)
     for line in sentences(report):

@@ -12,6 +12,7 @@ import typer
 from rlme.align.cli import align
 from rlme.ask_cli import ask, select
 from rlme.judgebench.cli import judge_bench
+from rlme.lab.cli import lab
 from rlme.report.cli import compare, report, watch
 from rlme.serve.cli import cache_clear, cache_stats, serve
 
@@ -119,6 +120,7 @@ app.command()(compare)
 app.command()(watch)
 app.command("judge-bench")(judge_bench)
 app.command()(align)
+app.command()(lab)
 app.command()(serve)
 
 cache = typer.Typer(help="The judge cache: what it holds, and emptying it.", no_args_is_help=True)

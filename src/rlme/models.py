@@ -53,6 +53,8 @@ class ModelSource:
     def parse(cls, name: str | Path) -> "ModelSource":
         """InputError when `name` is none of the things a model can be."""
         name = str(name)
+        if name.startswith("builtin:lab"):
+            return cls(name, "folder", str(_lab_model(name)))
         if name.startswith("builtin:"):
             return cls(name, "gguf", str(_builtin_gguf(name)))
         path = Path(name).expanduser()
@@ -70,6 +72,16 @@ class ModelSource:
         if path.suffix == ".gguf" or not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", name):
             raise InputError(f"model {name!r}: no such file or folder, and not the form of a hub id.")
         return cls(name, "hub", name)
+
+
+def _lab_model(name: str) -> Path:
+    """One of the lab's own models, which come with the package."""
+    models = Path(__file__).parent / "lab" / "models"
+    folder = models / name.removeprefix("builtin:")
+    if not (folder / "config.json").is_file():
+        known = [f"builtin:{path.name}" for path in sorted(models.glob("lab*"))]
+        raise InputError(f"model {name!r}: not built in{nearest(name, known)}; there are {', '.join(known)}.")
+    return folder
 
 
 def _builtin_gguf(name: str) -> Path:
