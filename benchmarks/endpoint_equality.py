@@ -17,8 +17,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rlme.evaluators.build import model_evaluator
 from rlme.evaluators.endpoint import EndpointEvaluator
 from rlme.evaluators.endpoint_config import EndpointConfig
@@ -36,11 +34,10 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="the same weights: .gguf, folder or hub id")
     parser.add_argument("--data", required=True, type=Path)
     parser.add_argument("--n", type=int, default=100, help="rows; each is judged by text and by chat")
-    parser.add_argument("--concurrency", type=int, default=4)
+    parser.add_argument("--concurrency", type=int, default=2)
     parser.add_argument("--note", default="", help="stored with the numbers, e.g. the precision of the server")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    torch.set_num_threads(2)
 
     rows = [json.loads(line) for line in args.data.open()][: args.n]
     samples = [Sample(row["question"] + "\n", row["solution"]) for row in rows]
@@ -53,7 +50,8 @@ def main() -> None:
         for evaluator in (remote, local):
             began = time.perf_counter()
             verdicts = [row[0] for row in judge(samples, [QUESTION], [evaluator], Judging(template=template))]
-            results[f"{template}_{'http' if evaluator is remote else 'process'}_s"] = time.perf_counter() - began
+            seconds = time.perf_counter() - began
+            results[f"{template}_{'http' if evaluator is remote else 'process'}_s"] = round(seconds, 1)
             ways.append(verdicts)
         results[template] = _compare(*ways)
         print(template, results[template])

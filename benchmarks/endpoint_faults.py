@@ -68,25 +68,27 @@ def main() -> None:
         print(f"{plain.summary}\nwithout faults: {time.perf_counter() - began:.1f} s")
         plain.close()
         for name, faults in {**{fault: (fault,) for fault in FAULTS}, "mixed": FAULTS}.items():
-            with faulty_proxy(url, rate=args.rate) as proxy:
+            with faulty_proxy(url, rate=args.rate, hold=5 * args.deadline) as proxy:
                 judge = evaluator(proxy.url, deadline=args.deadline, retries=20)
                 proxy.faults[:] = faults
                 began = time.perf_counter()
                 answers = judge.logprobs(requests)
+                differences = [
+                    max(abs(x - y) for x, y in zip(answer.logprobs, true or (), strict=True))
+                    for answer, true in zip(answers, reference, strict=True)
+                    if answer.logprobs is not None
+                ]
                 row = {
                     "seconds": round(time.perf_counter() - began, 1),
                     "injected": sum(proxy.injected.values()),
                     "failed_attempts": {k.value: n for k, n in sorted(judge.account.failures.items())},
                     "missing": sum(a.failure is not None for a in answers),
-                    "wrong": sum(
-                        a.logprobs is not None
-                        and any(abs(x - y) > args.tolerance for x, y in zip(a.logprobs, true or (), strict=True))
-                        for a, true in zip(answers, reference, strict=True)
-                    ),
+                    "wrong": sum(difference > args.tolerance for difference in differences),
+                    "largest_difference": max(differences, default=0.0),
                 }
                 judge.close()
             results[name] = row
-            print(name, json.dumps(row))
+            print(name, json.dumps(row), flush=True)
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n")
 

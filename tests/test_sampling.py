@@ -112,6 +112,20 @@ def test_counts_per_prompt(llama):
     assert sample(llama, [], 4, **PLAIN) == []
 
 
+def test_each_completion_is_told_of_once_and_as_soon_as_it_is_finished(llama):
+    told = {}
+
+    def on_finished(p, c, one):
+        assert (p, c) not in told
+        told[p, c] = (len(one.ids), one.ids)
+
+    eos = list(range(0, llama.config.vocab_size, 4))  # a quarter of the tokens end a completion
+    found = sample(llama, PROMPTS, 3, max_new_tokens=6, eos_token_ids=eos, max_rows=5, on_finished=on_finished)
+    assert told == {(p, c): (len(one.ids), one.ids) for p, group in enumerate(found) for c, one in enumerate(group)}
+    lengths = [length for length, _ in told.values()]
+    assert lengths[:5] == sorted(lengths[:5]) and len(set(lengths)) > 1
+
+
 def test_stop_strings_end_a_completion(tiny_policy_dir):
     model = AutoModelForCausalLM.from_pretrained(tiny_policy_dir)
     tokenizer = AutoTokenizer.from_pretrained(tiny_policy_dir)

@@ -8,7 +8,7 @@ each new token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -69,6 +69,7 @@ def sample(
     seed: int = 0,
     dtype: torch.dtype | None = None,
     max_rows: int = 256,
+    on_finished: Callable[[int, int, Sampled], None] | None = None,
 ) -> list[list[Sampled]]:
     """Draw `n` (or `n[i]`) completions for each prompt.
 
@@ -78,6 +79,9 @@ def sample(
 
     `dtype` (bfloat16, say) runs on cast weights, held beside the model's own for the length of the call. At
     most `max_rows` completions are written at once. Dropout is off.
+
+    `on_finished(prompt, completion, sampled)` is called as soon as nothing will be added to a completion, while others
+    are still written.
     """
     counts = [n] * len(prompts) if isinstance(n, int) else list(n)
     if len(counts) != len(prompts):
@@ -97,6 +101,12 @@ def sample(
         for start in range(0, len(rows), max_rows):
             batch = rows[start : start + max_rows]
             noise = np.stack([np.random.default_rng([seed, p, c]).random(max_new_tokens) for p, c in batch])
+
+            def finished(row: int, batch: list[tuple[int, int]] = batch) -> None:
+                if on_finished is not None:
+                    p, c = batch[row]
+                    on_finished(p, c, results[p][c])
+
             _sample_batch(
                 causal_lm(model),
                 [prompts[p] for p, _ in batch],
@@ -106,6 +116,7 @@ def sample(
                 processors=processors,
                 eos=eos,
                 stop=stop,
+                on_finished=finished,
             )
     return results
 
@@ -158,6 +169,7 @@ def _sample_batch(
     processors: LogitsProcessorList,
     eos: Tensor,
     stop: StopStringCriteria | None,
+    on_finished: Callable[[int], None],
 ) -> None:
     """Complete R rows together, into `results`. `noise[R, max_new_tokens]` is uniform in [0, 1)."""
     device = device_of(model)
@@ -199,6 +211,8 @@ def _sample_batch(
                 results[row].ids.append(token)
                 results[row].logprobs.append(logprob)
                 results[row].finished = has_ended
+                if has_ended or step + 1 == noise.shape[1]:
+                    on_finished(row)
         active &= ~ended
         count = int(active.sum())
         if count == 0 or step + 1 == noise.shape[1]:
