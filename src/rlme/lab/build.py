@@ -1,0 +1,75 @@
+"""`rlme lab build`: the shipped models from nothing but this package; `rlme lab gates`: what they can do."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from rlme.errors import InputError
+from rlme.lab.corpus import Mixture
+from rlme.lab.pretrain import Plan
+
+BASE = Plan()
+PLANS: dict[str, Plan] = {
+    "lab": BASE,
+    "lab-small": replace(BASE, hidden=64, layers=3, seed=1),
+    "lab-judge": replace(BASE, seed=2, mixture=Mixture(judging_only=0.9, anchored=0.05)),
+    "lab-weak": replace(BASE, seed=3, steps=700),
+}
+"""The base model; a smaller one; one that was taught little but judging; one whose training ended early."""
+
+
+def build_models(out: Path, console: Console) -> None:
+    """Train every model and save it, with its gates, in a folder of its own; what is there stays."""
+    import torch
+
+    from rlme.lab.gates import measure
+    from rlme.lab.pretrain import pretrain
+    from rlme.lab.tokenizer import build_tokenizer
+
+    torch.set_num_threads(1)  # sums in another order give other weights
+    for name, plan in PLANS.items():
+        folder = out / name
+        if folder.is_dir():
+            console.print(f"{folder}: there already", markup=False, highlight=False)
+            continue
+        console.print(f"{name}: {plan.steps} steps", markup=False, highlight=False)
+        model = pretrain(plan, lambda line: console.print(line, markup=False, highlight=False))
+        tokenizer = build_tokenizer()
+        numbers = measure(model.to(torch.bfloat16).to(torch.float32), tokenizer)  # as it is shipped
+        partial = out / f"{name}.partial"
+        partial.mkdir(parents=True, exist_ok=True)
+        (partial / "gates.json").write_text(json.dumps({k: round(v, 4) for k, v in numbers.items()}, indent=1) + "\n")
+        model.to(torch.bfloat16).save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        partial.replace(folder)
+    console.print(f"models: {out}", markup=False, highlight=False)
+
+
+def show_gates(console: Console) -> None:
+    """Measure the shipped models."""
+    from rlme.lab.gates import GATES, measure
+    from rlme.models import load_model, load_tokenizer
+
+    shown = Table(title="lab models, measured on their own samples", title_justify="left")
+    columns: dict[str, dict[str, float]] = {}
+    for name in PLANS:
+        try:
+            model, tokenizer = load_model(f"builtin:{name}"), load_tokenizer(f"builtin:{name}")
+        except InputError as error:
+            console.print(str(error), markup=False, highlight=False)
+            continue
+        columns[name] = measure(model, tokenizer)
+    shown.add_column("")
+    for name in columns:
+        shown.add_column(name, justify="right")
+    shown.add_column("gate of lab")
+    for key in next(iter(columns.values()), {}):
+        low, high = GATES.get(key, (None, None))
+        gate = "" if low is None else f"{low:g} to {high:g}"
+        shown.add_row(key, *(f"{numbers[key]:.3f}" for numbers in columns.values()), gate)
+    console.print(shown)

@@ -1,0 +1,155 @@
+"""The corpus of the lab's base models: problem, solution, evaluation, with YES/NO answers to several questions.
+
+A document is a list of parts (text, weight in the loss). The words of the evaluation are those that `experiments.py`
+asks with, so that the questions of a run are the ones the model was taught to answer.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from rlme.lab.world import Problem, Solution, define, draw_practice, draw_problem, draw_solution
+
+PROBLEM = "---------Problem---------\n"
+SOLUTION = "\n---------Solution---------\n"
+PRACTICE = "---------Practice---------"
+EVALUATION = "\n---------Evaluation---------\n"
+LONGEST = 400
+"""Lengths above this are written as this."""
+
+CORRECT = "Is the answer correct?"
+LENGTH = "Is the length of the solution between {low} and {high} characters?"
+LOGICAL = (
+    "Does the whole solution logically lead from the question to an answer, "
+    "even if it does not match the correct answer?"
+)
+SUPPORTED = "Is the answer supported by the text, regardless of whether it seems right or wrong?"
+ONLY_TEXT = "Does the solution exclusively use information supplied by the text, even if it appears implausible?"
+
+TEMPLATE = (
+    "{{ context }}{{ completion }}\n---------Evaluation---------\n"
+    "Extracted answer: {{ answer or 'none' }}. Length: {{ [n_chars, 400] | min }} characters."
+    "{% if anchor is not none %} The correct answer is {{ anchor }}.{% endif %}\n"
+    "{% for q in previous %}{{ q.question }}\nResponse: {{ q.reply }}\n{% endfor %}"
+    "{{ question }}\nResponse:"
+)
+"""The same block as `evaluation_head` and `ask` write, as the evaluation template of a run."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weight in the loss of the parts of a document."""
+
+    problem: float = 0.05
+    solution: float = 1.0
+    evaluation: float = 0.02
+    verdict: float = 5.0
+    drill: float = 1.5
+    """Verdicts in drills."""
+    probe: float = 0.5
+    """The linear probe behind each step."""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What the corpus is made of; the defaults are the base model's."""
+
+    judging_only: float = 0.45
+    """Documents whose solution carries no loss and is more often right, so that verdicts are balanced."""
+    anchored: float = 0.15
+    hinted: float = 0.12
+    true_hints: float = 0.85
+    defined: float = 0.3
+    """Problems whose text defines a move."""
+    alone: float = 0.45
+    """Documents with the question about the answer and nothing else."""
+    wrong_verdicts: float = 0.01
+
+
+class Part(NamedTuple):
+    """Text of a document, its weight in the loss, and (behind a step) whether all steps so far are right."""
+
+    text: str
+    weight: float
+    right: bool | None = None
+
+
+def problem_block(problem: Problem) -> str:
+    """The policy's prompt."""
+    return f"{PROBLEM}{problem.text}{SOLUTION}"
+
+
+def evaluation_head(solution: Solution, anchor: int | None) -> str:
+    """What is said about a solution before the questions."""
+    answer = "none" if solution.answer is None else str(solution.answer)
+    said = f"{EVALUATION}Extracted answer: {answer}. Length: {min(len(solution.text), LONGEST)} characters."
+    return said + (f" The correct answer is {anchor}." if anchor is not None else "") + "\n"
+
+
+def draw_corpus_problem(rng: random.Random, mixture: Mixture) -> Problem:
+    """A problem, perhaps with a definition or a claim about the answer."""
+    problem = draw_problem(rng)
+    if rng.random() < mixture.defined:
+        problem = define(rng, problem, rng.choice(("invented", "same", "against", "against")))
+    if rng.random() < mixture.hinted:
+        true = rng.random() < mixture.true_hints
+        problem = replace(problem, hint=problem.answer if true else (problem.answer + rng.randint(1, 9)) % 10)
+    return problem
+
+
+END = -1.0
+"""Weight of the empty part behind a solution that is sampled from: the text ends here."""
+
+
+def draw_drill(rng: random.Random, weights: Weights) -> list[Part]:
+    """Single steps with a verdict on each: where the tables of the moves are learned."""
+    parts = [Part(PRACTICE, 0.0)]
+    for source, move, digit, right in draw_practice(rng, 14):
+        parts.append(Part(f"\n{source} {move}", 0.0))
+        parts.append(Part(f" {digit}", weights.solution if right else 0.0, right))
+        parts += [Part(" ø", 0.0), Part("YES" if right else "NO", weights.drill), Part("ø", 0.0)]
+    return parts
+
+
+def draw_document(rng: random.Random, mixture: Mixture, weights: Weights) -> list[Part]:
+    """One document."""
+    problem = draw_corpus_problem(rng, mixture)
+    judging_only = rng.random() < mixture.judging_only
+    wrong = rng.choice((0.0, 0.0, 0.15, 0.33)) if judging_only else None
+    solution = draw_solution(rng, problem, **({} if wrong is None else {"wrong_digits": wrong}))
+    parts = [Part(problem_block(problem), weights.problem)]
+    so_far = True
+    for text, right in solution.pieces:
+        so_far = so_far and right is not False
+        parts.append(Part(text, 0.0 if judging_only else weights.solution, so_far if right is not None else None))
+    parts.append(Part("", END if not judging_only else 0.0))
+    anchor = problem.answer if rng.random() < mixture.anchored else None
+    told = evaluation_head(solution, anchor)
+    for question, truth in _questions(rng, mixture, problem, solution):
+        if rng.random() < mixture.wrong_verdicts and anchor is None:
+            truth = not truth
+        parts.append(Part(f"{told}{question}\nResponse: ø", weights.evaluation))
+        parts += [Part("YES" if truth else "NO", weights.verdict), Part("ø", 0.1)]
+        told = "\n"
+    return parts
+
+
+def _questions(rng: random.Random, mixture: Mixture, problem: Problem, solution: Solution) -> list[tuple[str, bool]]:
+    correct = (CORRECT, solution.correct)
+    if rng.random() < mixture.alone:
+        return [correct]
+    low, high = rng.choice((20, 40)), rng.choice((60, 80, 120, 200))
+    if rng.random() < 0.5:
+        low, high = 20, 60
+    others = [
+        (LENGTH.format(low=low, high=high), low <= len(solution.text) <= high),
+        (LOGICAL, solution.sound),
+    ]
+    if problem.definition is not None:
+        others += [(SUPPORTED, solution.correct), (ONLY_TEXT, solution.follows_text)] * 2
+    chosen = rng.sample(others, rng.choice((1, 2)))
+    if rng.random() < 0.5:
+        chosen.insert(rng.randrange(len(chosen) + 1), correct)
+    return list(dict.fromkeys(chosen))
