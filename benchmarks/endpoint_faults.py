@@ -27,7 +27,7 @@ from rlme.evaluators.endpoint import EndpointEvaluator
 from rlme.evaluators.endpoint_config import EndpointConfig
 from rlme.judgement import Request
 
-LABELS = ("YES", "NO")
+LABELS = (" Yes", " No")
 
 
 @contextmanager
@@ -54,7 +54,10 @@ def main() -> None:
     args = parser.parse_args()
     endpoint_client.FIRST_PAUSE, endpoint_client.LONGEST_PAUSE = 0.02, 0.2
     distinct = args.contexts or args.n
-    requests = [Request(f"Reply {i % distinct}. Is it right? Response:", LABELS) for i in range(args.n)]
+    requests = [
+        Request(f"Is this number even? Answer Yes or No. Number: {i % distinct}. Answer:", LABELS)
+        for i in range(args.n)
+    ]
     results: dict[str, Any] = {"n": args.n, "rate": args.rate}
 
     def evaluator(url: str, **config: Any) -> EndpointEvaluator:

@@ -71,6 +71,32 @@ def test_equal_requests_in_a_batch_are_asked_and_paid_once(tmp_path: Path) -> No
     assert sum(a.cost for a in answers) == 1.0
 
 
+class Beginning(Counting):
+    """One that can be asked ahead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun: list[tuple[Request, int | None]] = []
+
+    def begin(self, requests: Sequence[Request], *, max_tokens: int | None = None) -> None:
+        self.begun += [(r, max_tokens) for r in requests]
+
+
+def test_only_what_is_not_known_is_begun_and_only_once(tmp_path: Path) -> None:
+    inner = Beginning()
+    judge = CachedEvaluator(inner, JudgeCache(tmp_path / "c.sqlite"), identity="m")
+    one, two = Request("one", ("a",)), Request("two", ("a",))
+    judge.logprobs([one])
+    judge.begin([one, two])
+    judge.begin([two])
+    judge.begin([two], max_tokens=3)
+    assert inner.begun == [(two, None), (two, 3)]
+    judge.logprobs([one, two])
+    judge.begin([two])
+    assert len(inner.begun) == 2
+    CachedEvaluator(Counting(), judge.cache, identity="n").begin([one])
+
+
 @pytest.mark.parametrize(
     "other",
     [

@@ -109,6 +109,33 @@ def test_start_returns_at_once(token_server: Any) -> None:
     judge.close()
 
 
+def test_what_was_begun_is_not_asked_again(token_server: Any) -> None:
+    judge = evaluator(token_server, concurrency=2)
+    before = token_server.calls["/v1/completions"]
+    requests = [ask("1?"), ask("2?"), ask("2?"), ask("3?"), chat("4?")]
+    judge.begin(requests[:2])
+    judge.begin([ask("x" * 500), requests[2]])
+    judge.begin([requests[3]], max_tokens=4)
+    texts = judge.write([requests[3], ask("5?")], max_tokens=4)
+    answers = judge.logprobs([*requests[::-1], ask("x" * 500)])
+    assert token_server.calls["/v1/completions"] - before == 2 + len(requests)
+    for request, answer in zip(requests[::-1], answers, strict=False):
+        assert answer.logprobs == pytest.approx(truth(request), abs=1e-12)
+    assert answers[-1].failure is Failure.CONTEXT_TOO_LONG
+    assert texts == judge.write([requests[3], ask("5?")], max_tokens=4)
+    judge.close()
+
+
+def test_what_was_begun_in_vain_is_called_off(token_server: Any) -> None:
+    judge = evaluator(token_server, concurrency=1)
+    before = token_server.calls["/v1/completions"]
+    token_server.delay = 0.2
+    judge.begin([ask(f"{i}?") for i in range(50)])
+    assert judge.logprobs([ask("other?")])[0].failure is None
+    assert token_server.calls["/v1/completions"] - before < 10
+    judge.close()
+
+
 def test_an_interrupt_cancels_the_calls(token_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     judge = evaluator(token_server, concurrency=1)
     token_server.delay = 0.2

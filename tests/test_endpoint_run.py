@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from safetensors.torch import load_file
 from rlme.commands import read_config
 from rlme.errors import RunStopped
 from rlme.evaluators import endpoint_client
+from rlme.evaluators.endpoint import EndpointEvaluator
+from rlme.training import trainer as trainer_module
 from rlme.training.run import train
 from rlme.training.run_folder import RunFolder
 from tests.fake_endpoint import FAULTS, fake_endpoint, faulty_proxy
@@ -56,6 +59,43 @@ def test_a_run_through_faults_equals_the_run_without(tiny_policy_dir: Path, tmp_
     assert sum(proxy.injected.values()) > 10
     assert rewards(broken) == rewards(plain)
     assert same_weights(plain, broken)
+
+
+def test_judging_begins_while_sampling_goes_on(
+    tiny_policy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first completion to be finished is asked about before the others are; nothing is asked twice."""
+    early: list[bool] = []
+    plain_sample = trainer_module.sample
+
+    def watched(*args: Any, on_finished: Any, **options: Any) -> Any:
+        before = asked()
+
+        def told(*which: Any) -> None:
+            on_finished(*which)
+            deadline = time.monotonic() + 20
+            while asked() == before and time.monotonic() < deadline:
+                time.sleep(0.01)
+
+        found = plain_sample(*args, on_finished=told, **options)
+        early.append(asked() > before)
+        return found
+
+    with fake_endpoint("vllm_ids") as server:
+
+        def asked() -> int:
+            return int(server.calls["/v1/completions"])
+
+        monkeypatch.setattr(trainer_module, "sample", watched)
+        begun = run(tmp_path / "begun", tiny_policy_dir, server.url)
+        calls = asked()
+        monkeypatch.setattr(trainer_module, "sample", plain_sample)
+        monkeypatch.delattr(EndpointEvaluator, "begin")
+        plain = run(tmp_path / "plain", tiny_policy_dir, server.url)
+        assert asked() == 2 * calls
+    assert early == [True] * 3
+    assert numbers(begun) == numbers(plain)
+    assert rewards(begun) == rewards(plain) and same_weights(begun, plain)
 
 
 def test_an_outage_stops_the_run_which_resumes_to_the_same_end(tiny_policy_dir: Path, tmp_path: Path) -> None:

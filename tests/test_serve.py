@@ -149,7 +149,8 @@ def test_a_failed_judgement_is_null_with_its_reason(server: Server) -> None:
     assert bad["reward"] is None and good["reward"] < 0
     assert bad["judgements"][0] | {"weight": 1} == {
         "evaluator": "hash", "question": "right", "weight": 1, "score": None, "probability": None, "mass": None,
-        "failure": "timeout", "detail": "too late", "critique": None, "tokens_in": 0, "tokens_out": 0, "cost": 0.0,
+        "bounded": False, "failure": "timeout", "detail": "too late", "critique": None,
+        "tokens_in": 0, "tokens_cached": 0, "tokens_out": 0, "cost": 0.0,
     }  # fmt: skip
 
 

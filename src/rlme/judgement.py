@@ -12,6 +12,10 @@ from enum import StrEnum
 from typing import TypedDict
 
 
+NEGLIGIBLE = 0.01
+"""Missing spellings that could together add less than this share to their label's probability do no harm."""
+
+
 class Message(TypedDict):
     """One chat turn."""
 
@@ -78,7 +82,8 @@ class Judgement:
     `score` enters the reward: log p(target) for `marker` and `yes_no`, the expected rating in [0, 4] for `scale`;
     None when the judgement failed. `probability` is p(target) as the read-out defines it (for `scale`: score / 4).
     `logprobs` maps each label to its log-probability, spelling variants summed; `mass` is the probability of all
-    labels together under the evaluator's full vocabulary, in [0, 1].
+    labels together under the evaluator's full vocabulary, in [0, 1]. `bounded`: a label's probability is only an upper
+    bound (an endpoint did not return it, and `missing_label: bound` was asked for).
     """
 
     evaluator: str
@@ -87,6 +92,7 @@ class Judgement:
     probability: float | None = None
     logprobs: dict[str, float] = field(default_factory=dict)
     mass: float | None = None
+    bounded: bool = False
     failure: Failure | None = None
     detail: str = ""
     critique: str | None = None

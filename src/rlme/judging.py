@@ -14,7 +14,7 @@ from typing import Any
 
 from rlme.errors import InputError
 from rlme.evaluators.base import Evaluator
-from rlme.judgement import Answer, Failure, Judgement, Message, Request
+from rlme.judgement import NEGLIGIBLE, Answer, Failure, Judgement, Message, Request
 from rlme.questions import READOUTS, Question, Readout, ReadoutName, Template, find_template, log_sum_exp
 from rlme.templating import check_variables, render, undeclared
 
@@ -155,25 +155,45 @@ def judge(
     return judgements
 
 
+def begin(
+    sample: Sample, questions: Sequence[Question], evaluators: Sequence[Evaluator], judging: Judging | None = None
+) -> None:
+    """Start judging one completion with the evaluators that are asked elsewhere, while others are still sampled.
+
+    `judge` follows with the whole batch; its judgements are the same as without.
+    """
+    judging = judging or Judging()
+    for evaluator in evaluators:
+        start: Any = getattr(evaluator, "begin", None)
+        if start is None:
+            continue
+        plans = plan_questions(evaluator, questions, judging)
+        asked = list(zip(plans, _requests(sample, plans, judging.joint), strict=True))
+        for reason, tokens in ((False, None), (True, judging.reason_tokens)):
+            if now := [r for plan, r in asked if plan.reason is reason and isinstance(r, Request)]:
+                start(now, max_tokens=tokens)
+
+
+def rehearse(
+    samples: Sequence[Sample], questions: Sequence[Question], evaluator: Evaluator, judging: Judging, critique: str
+) -> tuple[list[Request], list[Request]]:
+    """What judging these would ask, without asking: (answers, critiques to be written). `critique` stands for one."""
+    plans = plan_questions(evaluator, questions, judging)
+    answers: list[Request] = []
+    texts: list[Request] = []
+    for sample in samples:
+        for plan, request in zip(plans, _requests(sample, plans, judging.joint), strict=True):
+            if isinstance(request, Request):
+                answers.append(_verdict(request, plan, critique) if plan.reason else request)
+                texts += [request] if plan.reason else []
+    return answers, texts
+
+
 def _ask(
     evaluator: Evaluator, samples: Sequence[Sample], questions: Sequence[Question], judging: Judging
 ) -> list[list[Judgement]]:
     plans = plan_questions(evaluator, questions, judging)
-    requests: list[Request | Answer] = []  # an Answer stands for a request that could not be made
-    for sample in samples:
-        variables = sample.variables()
-        previous: list[dict[str, str]] = []
-        for plan in plans:
-            try:
-                ask = plan.question.ask
-                # A question may use the template's variables, e.g. {{ n_chars }} or {{ reference }}.
-                if undeclared(ask):
-                    ask = render(ask, variables, where=f"question {plan.question.name!r}")
-                requests.append(_request(sample, plan, ask, variables, previous if judging.joint else []))
-                previous.append({"question": ask, "reply": plan.readout.reply(plan.question.target)})
-            except InputError as error:
-                requests.append(Answer.failed(Failure.TEMPLATE, str(error)))
-
+    requests = [request for sample in samples for request in _requests(sample, plans, judging.joint)]
     critiques: dict[int, str] = {}
     reasons = [i for i, r in enumerate(requests) if plans[i % len(plans)].reason and isinstance(r, Request)]
     if reasons:
@@ -189,6 +209,24 @@ def _ask(
     ]
     k = len(plans)
     return [verdicts[i * k : (i + 1) * k] for i in range(len(samples))]
+
+
+def _requests(sample: Sample, plans: Sequence[_Plan], joint: bool) -> list[Request | Answer]:
+    """One completion's requests, in the order of the plans; an Answer stands for one that could not be made."""
+    requests: list[Request | Answer] = []
+    variables = sample.variables()
+    previous: list[dict[str, str]] = []
+    for plan in plans:
+        try:
+            ask = plan.question.ask
+            # A question may use the template's variables, e.g. {{ n_chars }} or {{ reference }}.
+            if undeclared(ask):
+                ask = render(ask, variables, where=f"question {plan.question.name!r}")
+            requests.append(_request(sample, plan, ask, variables, previous if joint else []))
+            previous.append({"question": ask, "reply": plan.readout.reply(plan.question.target)})
+        except InputError as error:
+            requests.append(Answer.failed(Failure.TEMPLATE, str(error)))
+    return requests
 
 
 def _request(
@@ -232,17 +270,20 @@ def _reason(
             continue
         plan = plans[i % len(plans)]
         critiques[i] = critique.strip()
-        verdict = f"Verdict ({plan.readout.reply_format}):"
-        if isinstance(request.context, str):
-            tail = f"{request.context} {critiques[i]}\n{verdict}"
-            tail += f" {plan.readout.prefill}" if plan.readout.prefill else ""
-            requests[i] = Request(tail, plan.continuations)
-        else:
-            turns: tuple[Message, ...] = (
-                {"role": "assistant", "content": critiques[i]},
-                {"role": "user", "content": f"Now give only the verdict: {plan.readout.reply_format}."},
-            )
-            requests[i] = Request((*request.context, *turns), plan.continuations, plan.readout.prefill)
+        requests[i] = _verdict(request, plan, critiques[i])
+
+
+def _verdict(request: Request, plan: _Plan, critique: str) -> Request:
+    """The question after its critique."""
+    if isinstance(request.context, str):
+        tail = f"{request.context} {critique}\nVerdict ({plan.readout.reply_format}):"
+        tail += f" {plan.readout.prefill}" if plan.readout.prefill else ""
+        return Request(tail, plan.continuations)
+    turns: tuple[Message, ...] = (
+        {"role": "assistant", "content": critique},
+        {"role": "user", "content": f"Now give only the verdict: {plan.readout.reply_format}."},
+    )
+    return Request((*request.context, *turns), plan.continuations, plan.readout.prefill)
 
 
 def read(answer: Answer, plan: _Plan, evaluator: str, critique: str | None = None) -> Judgement:
@@ -268,4 +309,19 @@ def read(answer: Answer, plan: _Plan, evaluator: str, critique: str | None = Non
         # log 0: the number exists in principle, but no finite reward can be made of it
         return Judgement(score=None, failure=Failure.NOT_A_NUMBER, **base)
     score, probability = plan.readout.score(labels, plan.question.target)
+    base["bounded"] = _bounded(answer, plan)
     return Judgement(score=score, probability=probability, logprobs=labels, mass=min(1.0, math.exp(total)), **base)
+
+
+def _bounded(answer: Answer, plan: _Plan) -> bool:
+    """Whether spellings that the server did not return could make a difference to a label's probability."""
+    values = dict(zip(plan.continuations, answer.logprobs or (), strict=True))
+    unknown = {s for s, bound in zip(plan.continuations, answer.bounded, strict=False) if bound}
+
+    def probability(spellings: set[str]) -> float:
+        return math.fsum(math.exp(values[s]) for s in spellings)
+
+    return any(
+        probability(unknown & {*spellings}) > NEGLIGIBLE * probability({*spellings} - unknown)
+        for spellings in plan.spellings.values()
+    )

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from rlme.errors import InputError, RunStopped
 from rlme.evaluators.base import Evaluator
 from rlme.judgement import Judgement
-from rlme.judging import Judging, Sample, judge
+from rlme.judging import Judging, Sample, begin, judge
 from rlme.questions import Question
 from rlme.verify import extract_answer, same_answer
 
@@ -149,6 +149,22 @@ class MetaReward:
                 self._evaluators[i] = named_evaluator(evaluator, trainer, **self._options)
         return [e for e in self._evaluators if not isinstance(e, str)]
 
+    def begin(
+        self, example: Mapping[str, Any], completion: str, completion_ids: Sequence[int], *, trainer: Any = None
+    ) -> None:
+        """Start judging one completion of the batch that `score` will be asked about, with the evaluators that are
+        asked elsewhere. `example` is its row of the data set. Nothing but the time of the calls changes."""
+        sample = self.sample(example, completion, completion_ids, trainer=trainer)
+        begin(sample, self.questions, self.evaluators(trainer), self.judging)
+
+    def sample(
+        self, example: Mapping[str, Any], completion: str, completion_ids: Sequence[int], *, trainer: Any = None
+    ) -> Sample:
+        """One completion of a row of the data set, as it is judged."""
+        columns = {name: [value] for name, value in example.items() if name != "prompt"}
+        samples, _ = self._samples([example["prompt"]], [completion], [completion_ids], trainer, columns)
+        return samples[0]
+
     def __call__(
         self,
         prompts: Sequence[Any],
@@ -205,11 +221,13 @@ class MetaReward:
                             "score": j.score,
                             "probability": j.probability,
                             "mass": j.mass,
+                            "bounded": j.bounded,
                             "failure": j.failure.value if j.failure else None,
                             "detail": j.detail,
                             "critique": j.critique,
                             "weight": w,
                             "tokens_in": j.tokens_in,
+                            "tokens_cached": j.tokens_cached,
                             "tokens_out": j.tokens_out,
                             "cost": j.cost,
                         }
@@ -317,23 +335,25 @@ def _normalize_everywhere(values: list[float | None], trainer: Any) -> list[floa
 
 
 def judgement_metrics(rows: Sequence[Row]) -> dict[str, float]:
-    """Means over the rows: judge/<evaluator>/<question>/{score,probability,mass,failures/<kind>} and gold/accuracy.
+    """Means over the rows: judge/<evaluator>/<question>/{score,probability,mass} and gold/accuracy; counts of what did
+    not go well: judge/<evaluator>/<question>/{failures/<kind>,bounded}.
 
     Only what is there counts: a failed judgement is in no mean, and a metric without a single value is absent.
     """
     metrics: dict[str, list[float]] = {}
-    failures: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for row in rows:
         for j in row["judgements"]:
             key = f"judge/{j['evaluator']}/{j['question']}"
             if j["failure"]:
-                failures[f"{key}/failures/{j['failure']}"] += 1
+                counts[f"{key}/failures/{j['failure']}"] += 1
                 continue
             for part in ("score", "probability", "mass"):
                 metrics.setdefault(f"{key}/{part}", []).append(j[part])
+            counts[f"{key}/bounded"] += j["bounded"]
         if row["correct"] is not None:
             metrics.setdefault("gold/accuracy", []).append(float(row["correct"]))
     means = {key: math.fsum(values) / len(values) for key, values in metrics.items()}
     if rows and any("reward" in row for row in rows):
         means["reward_missing"] = sum(row["reward"] is None for row in rows) / len(rows)
-    return means | {key: float(n) for key, n in failures.items()}
+    return means | {key: float(n) for key, n in counts.items() if n}

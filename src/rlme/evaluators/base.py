@@ -14,6 +14,9 @@ class Evaluator(Protocol):
 
     Implementations never raise for a single request that cannot be answered: they return an `Answer` with a
     `Failure`. They raise `InputError` for what a user has to mend (a missing chat template, a model that is not there).
+
+    One that is asked elsewhere may also have `begin(requests, *, max_tokens=None)`: start asking about one completion
+    without waiting; the next `logprobs` (with `max_tokens`: `write`) that asks the same finds it under way.
     """
 
     name: str

@@ -165,10 +165,11 @@ class CachedEvaluator:
         self.chat = inner.chat
         self.hits = 0
         self.misses = 0
+        self._begun: set[bytes] = set()
 
     def logprobs(self, requests: Sequence[Request]) -> list[Answer]:
         """Answers from the cache where they are there, from the evaluator otherwise; equal requests are asked once."""
-        return self._through(requests, "logprobs", self.inner.logprobs, _dump_answer, _load_answer)
+        return self._through(requests, _kind(None), self.inner.logprobs, _dump_answer, _load_answer)
 
     def write(self, requests: Sequence[Request], *, max_tokens: int) -> list[str | Failure]:
         """Greedy text, from the cache where it is there."""
@@ -176,7 +177,18 @@ class CachedEvaluator:
         def written(some: Sequence[Request]) -> list[str | Failure]:
             return self.inner.write(some, max_tokens=max_tokens)
 
-        return self._through(requests, f"write:{max_tokens}", written, _dump_text, _load_text)
+        return self._through(requests, _kind(max_tokens), written, _dump_text, _load_text)
+
+    def begin(self, requests: Sequence[Request], *, max_tokens: int | None = None) -> None:
+        """Have the evaluator start on what is not in the cache, if it can (see `Evaluator`)."""
+        begin = getattr(self.inner, "begin", None)
+        if begin is None:
+            return
+        keys = [_key(self.identity, _kind(max_tokens), request) for request in requests]
+        known = self._begun | self.cache.get(keys).keys()
+        missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in known}
+        self._begun |= missing.keys()
+        begin(list(missing.values()), max_tokens=max_tokens)
 
     def spellings(self, candidates: Sequence[str]) -> tuple[str, ...]:
         """As the evaluator says."""
@@ -195,6 +207,7 @@ class CachedEvaluator:
         load: Callable[[str], T],
     ) -> list[T]:
         keys = [_key(self.identity, kind, request) for request in requests]
+        self._begun.difference_update(keys)
         stored = self.cache.get(list(dict.fromkeys(keys)))
         answers = {key: load(value) for key, value in stored.items()}
         missing = {key: r for key, r in zip(keys, requests, strict=True) if key not in answers}
@@ -230,6 +243,10 @@ def model_identity(path: str, revision: str | None = None) -> str:
 
 _WEIGHTS = {".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model"}
 """Weights, and what else changes an answer: configuration, tokenizer, chat template."""
+
+
+def _kind(max_tokens: int | None) -> str:
+    return "logprobs" if max_tokens is None else f"write:{max_tokens}"
 
 
 def _key(identity: str, kind: str, request: Request) -> bytes:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from rlme.evaluators.endpoint_begun import Begun
 from rlme.evaluators.endpoint_client import EndpointClient
 from rlme.evaluators.endpoint_config import EndpointConfig
 from rlme.evaluators.endpoint_limits import Account
@@ -17,10 +18,8 @@ from rlme.evaluators.endpoint_probe import probe
 from rlme.evaluators.endpoint_texts import TextServer
 from rlme.evaluators.endpoint_tokens import Found, label_of
 from rlme.evaluators.endpoint_wire import CallFailed, Usage
-from rlme.judgement import Answer, Failure, Message, Request
+from rlme.judgement import NEGLIGIBLE, Answer, Failure, Message, Request
 
-NEGLIGIBLE = 0.01
-"""Missing spellings that could together add less than this share to their label's probability do no harm."""
 T = TypeVar("T")
 
 
@@ -44,6 +43,9 @@ class EndpointEvaluator:
     ) -> None:
         self.config = config
         self._loop = _Loop()
+        self._slots = asyncio.Semaphore(config.concurrency)
+        self._answers: Begun[Answer] = Begun()
+        self._texts: dict[int, Begun[str | Failure]] = defaultdict(Begun)
         self._client = EndpointClient(config)
         try:
             self._server = self._loop.run(probe(self._client))
@@ -78,9 +80,21 @@ class EndpointEvaluator:
         return _result(self.start(requests))
 
     def start(self, requests: Sequence[Request]) -> Future[list[Answer]]:
-        """As `logprobs`, without waiting: judging goes on while the caller samples the next batch."""
+        """As `logprobs`, without waiting."""
         self.check(requests)
-        return self._loop.submit(self._in_families(requests, self._answer))
+        return self._loop.submit(self._in_families(requests, self._answer, self._answers))
+
+    def begin(self, requests: Sequence[Request], *, max_tokens: int | None = None) -> None:
+        """Start asking about one completion; the next `logprobs` finds the answers under way, so judging overlaps with
+        the sampling of other completions. `max_tokens`: texts are to be written, for the next `write`.
+
+        Numbers, order and failures are those of `logprobs` alone; an outage is raised there, too.
+        """
+        self.check(requests)
+        if max_tokens is None:
+            self._loop.call(self._answers.begin, requests, self._slotted(self._answer))
+        else:
+            self._loop.call(self._texts[max_tokens].begin, requests, self._slotted(self._writer(max_tokens)))
 
     def check(self, requests: Sequence[Request]) -> None:
         """`InputError`, naming the alternative, for a kind of request that this server has no way to answer."""
@@ -88,25 +102,22 @@ class EndpointEvaluator:
             for request in requests:
                 self._server.refuse(request)
 
-    def estimate(self, requests: Sequence[Request]) -> Usage:
-        """Tokens that these requests may take, before any is sent, nothing cached. The cost of
-        a run is that of a typical step's requests (`config.prices.cost`) times the steps. Counted exactly where the
-        server shares its tokenizer; otherwise at three characters a token, which is on the high side."""
-        return self._loop.run(self._estimate(requests))
-
-    async def _estimate(self, requests: Sequence[Request]) -> Usage:
-        sizes = await _all([self._server.size(request) for request in requests])
-        calls = [n for n, _ in sizes]
-        return Usage(sum(n * tokens for n, tokens in sizes), 0, sum(calls))
+    def estimate(self, requests: Sequence[Request], *, max_tokens: int | None = None) -> Usage:
+        """Tokens that these requests may take, before any is sent, nothing cached; `max_tokens`: of texts to be
+        written. Counted exactly where the server shares its tokenizer; otherwise at three characters a token, which is
+        on the high side. Raises `ConnectionError` when the server does not count."""
+        try:
+            sizes = self._loop.run(_all([self._server.size(request) for request in requests]))
+        except CallFailed as failure:
+            raise ConnectionError(f"endpoint {self.config.base_url}: {failure.detail}") from None
+        if max_tokens is not None:
+            return Usage(sum(tokens for _, tokens in sizes), 0, max_tokens * len(sizes))
+        return Usage(sum(n * tokens for n, tokens in sizes), 0, sum(n for n, _ in sizes))
 
     def write(self, requests: Sequence[Request], *, max_tokens: int) -> list[str | Failure]:
         """Greedy text after each context."""
         self.check(requests)
-
-        async def text(request: Request) -> str | Failure:
-            return await self._text(request, max_tokens)
-
-        return self._loop.run(self._in_families(requests, text))
+        return self._loop.run(self._in_families(requests, self._writer(max_tokens), self._texts[max_tokens]))
 
     def spellings(self, candidates: Sequence[str]) -> tuple[str, ...]:
         """Those of the label spellings that this server can be asked for together."""
@@ -131,19 +142,35 @@ class EndpointEvaluator:
             self._loop.stop()
 
     async def _in_families(
-        self, requests: Sequence[Request], ask: Callable[[Request], Coroutine[Any, Any, T]]
+        self, requests: Sequence[Request], ask: Callable[[Request], Coroutine[Any, Any, T]], begun: Begun[T]
     ) -> list[T]:
-        """Results in order; `config.concurrency` families under way, the requests of each one after the other."""
-        slots = asyncio.Semaphore(self.config.concurrency)
+        """Results in order; `config.concurrency` families under way, the requests of each one after the other. What
+        was begun already is waited for."""
         results: dict[int, T] = {}
 
+        async def wait(i: int, task: asyncio.Task[T]) -> None:
+            results[i] = await task
+
         async def work(family: Sequence[int]) -> None:
-            async with slots:
+            async with self._slots:
                 for i in family:
                     results[i] = await ask(requests[i])
 
-        await _all([work(family) for family in families(requests, self.config.concurrency)])
+        early = begun.claim(requests)
+        late = [i for i, task in enumerate(early) if task is None]
+        found = families([requests[i] for i in late], self.config.concurrency)
+        await _all(
+            [wait(i, task) for i, task in enumerate(early) if task is not None]
+            + [work([late[i] for i in family]) for family in found]
+        )
         return [results[i] for i in range(len(requests))]
+
+    def _slotted(self, ask: Callable[[Request], Coroutine[Any, Any, T]]) -> Callable[[Request], Coroutine[Any, Any, T]]:
+        async def slotted(request: Request) -> T:
+            async with self._slots:
+                return await ask(request)
+
+        return slotted
 
     async def _answer(self, request: Request) -> Answer:
         try:
@@ -152,11 +179,14 @@ class EndpointEvaluator:
             return Answer.failed(failure.kind, failure.detail)
         return settle(request, found, self.config)
 
-    async def _text(self, request: Request, max_tokens: int) -> str | Failure:
-        try:
-            return (await self._server.write(request, max_tokens))[0]
-        except CallFailed as failure:
-            return failure.kind
+    def _writer(self, max_tokens: int) -> Callable[[Request], Coroutine[Any, Any, str | Failure]]:
+        async def text(request: Request) -> str | Failure:
+            try:
+                return (await self._server.write(request, max_tokens))[0]
+            except CallFailed as failure:
+                return failure.kind
+
+        return text
 
 
 def families(requests: Sequence[Request], concurrency: int) -> list[list[int]]:
@@ -237,6 +267,10 @@ class _Loop:
     def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         """Start something; its exception, if any, is raised by the future as itself."""
         return asyncio.run_coroutine_threadsafe(_unwrapped(work), self._loop)
+
+    def call(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Call something on the loop, without waiting."""
+        self._loop.call_soon_threadsafe(function, *arguments)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run something to its end."""

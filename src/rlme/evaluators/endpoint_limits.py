@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -68,14 +69,17 @@ class Account:
     tokens_cached: int = 0
     tokens_out: int = 0
     cost: float = 0.0
+    spent_before: float = 0.0
+    """Money of the run's earlier sessions: it counts for `max_cost` and for nothing else here."""
     _reserved: float = 0.0
 
     def reserve(self, tokens_in: int, tokens_out: int) -> float:
         """Set aside what a call may cost; `RunStopped` if that could go over `max_cost`."""
         money = self.prices.cost(tokens_in, 0, tokens_out)
-        if self.max_cost is not None and self.cost + self._reserved + money > self.max_cost:
+        spent = self.spent_before + self.cost
+        if self.max_cost is not None and spent + self._reserved + money > self.max_cost:
             raise RunStopped(
-                f"the evaluator's cost has reached max_cost: {self.cost:.4g} spent of {self.max_cost:.4g}, and the "
+                f"the evaluator's cost has reached max_cost: {spent:.4g} spent of {self.max_cost:.4g}, and the "
                 "next call could exceed it; raise `max_cost` and resume to go on"
             )
         self._reserved += money
@@ -90,6 +94,11 @@ class Account:
         self.tokens_out += usage.tokens_out
         self.cost += cost
         return cost
+
+    @property
+    def left(self) -> float:
+        """Money that may still be spent."""
+        return math.inf if self.max_cost is None else max(0.0, self.max_cost - self.spent_before - self.cost)
 
     def metrics(self) -> dict[str, float]:
         """Totals since the start, flat; a step's share is the difference of two of these."""

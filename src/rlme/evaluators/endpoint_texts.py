@@ -35,6 +35,7 @@ class TextServer:
     def __post_init__(self) -> None:
         self.seen: set[bytes] = set()
         """Tokens that stood in any reply."""
+        self._settled: dict[str, bool] = {}
 
     def describe(self) -> str:
         """What it can do, in a few words."""
@@ -42,8 +43,12 @@ class TextServer:
         return f"{routes}, one-token labels only, the {self.top} most likely next tokens"
 
     async def spellings(self, candidates: Sequence[str]) -> tuple[str, ...]:
-        """The candidates that are one token, as far as the server's replies show."""
-        return tuple([text for text in dict.fromkeys(candidates) if await self._is_token(text)])
+        """The candidates that are one token, as far as the server's replies show. Settled once, so that every
+        judgement of a run asks for the same."""
+        for text in candidates:
+            if text not in self._settled:
+                self._settled[text] = await self._is_token(text)
+        return tuple(text for text in dict.fromkeys(candidates) if self._settled[text])
 
     async def _is_token(self, text: str) -> bool:
         if text.encode() not in self.seen:

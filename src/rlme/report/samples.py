@@ -205,7 +205,7 @@ def _pack(step: int, held_out: bool, group: list[Row]) -> dict[str, Any]:
                 "reward": _round(row["reward"]),
                 "advantage": _round(row["advantage"]),
                 "marks": row["marks"],
-                # evaluator, question, probability, score, mass, failure, detail, critique, weight
+                # evaluator, question, probability, score, mass, failure, detail, critique, weight, bounded
                 "judged": [
                     [
                         j["evaluator"],
@@ -217,6 +217,7 @@ def _pack(step: int, held_out: bool, group: list[Row]) -> dict[str, Any]:
                         _cut(j["detail"]),
                         _cut(j["critique"]),
                         _round(j["weight"]),
+                        bool(j.get("bounded")),  # not in runs before there was one
                     ]
                     for j in row["judgements"] or ()
                 ],

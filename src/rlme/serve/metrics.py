@@ -40,6 +40,7 @@ class Metrics:
                 if j["failure"]:
                     self.failures.labels(j["evaluator"], j["question"], j["failure"]).inc()
                 self.tokens.labels(j["evaluator"], "in").inc(j["tokens_in"])
+                self.tokens.labels(j["evaluator"], "cached").inc(j["tokens_cached"])
                 self.tokens.labels(j["evaluator"], "out").inc(j["tokens_out"])
                 self.cost.labels(j["evaluator"]).inc(j["cost"])
 

@@ -61,11 +61,14 @@ class JudgementReply(BaseModel):
     """What enters the reward; null when the judgement failed."""
     probability: float | None
     mass: float | None
+    bounded: bool
+    """A label's probability is only an upper bound: the endpoint did not return it."""
     failure: str | None
     """Why there is no score."""
     detail: str
     critique: str | None
     tokens_in: int
+    tokens_cached: int
     tokens_out: int
     cost: float
 

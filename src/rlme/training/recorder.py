@@ -195,13 +195,18 @@ class Recorder(TrainerCallback):
         for start in range(0, len(mine), batch):
             part = mine[start : start + batch]
             prompts = [p.prompt for p in part]
-            _, ids, _, completions, *_ = trainer._generate(prompts)
             columns: dict[str, Any] = {
                 "gold": [p.gold for p in part],
                 "columns": [json.dumps(p.columns, default=str) for p in part],
             }
             if trainer.reward.answer is None:
                 del columns["gold"]
+            trainer.upcoming = [
+                {"prompt": prompt} | {name: values[i] for name, values in columns.items()}
+                for i, prompt in enumerate(prompts)
+            ]
+            _, ids, _, completions, *_ = trainer._generate(prompts)
+            trainer.upcoming = None
             trainer.reward.score(
                 prompts, completions, ids, trainer=trainer, columns=columns, enforce_failure_rate=False
             )

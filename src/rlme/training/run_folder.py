@@ -25,11 +25,13 @@ _JUDGEMENT = pa.struct(
         ("score", pa.float64()),
         ("probability", pa.float64()),
         ("mass", pa.float64()),
+        ("bounded", pa.bool_()),
         ("failure", pa.string()),
         ("detail", pa.string()),
         ("critique", pa.string()),
         ("weight", pa.float64()),
         ("tokens_in", pa.int64()),
+        ("tokens_cached", pa.int64()),
         ("tokens_out", pa.int64()),
         ("cost", pa.float64()),
     ]
@@ -95,6 +97,17 @@ class RunFolder:
     def write_best(self, content: Mapping[str, Any]) -> None:
         """Which checkpoint is the best one, by what, in best.json."""
         _replace(self.path / "best.json", (json.dumps(dict(content), indent=2) + "\n").encode())
+
+    def write_spent(self, totals: Mapping[str, Mapping[str, float]]) -> None:
+        """What each evaluator behind an endpoint has taken so far, in spent.json. A resume does not cut it back: what
+        was spent on steps that are done again is spent."""
+        _replace(self.path / "spent.json", (json.dumps(totals, indent=2) + "\n").encode())
+
+    def read_spent(self) -> dict[str, dict[str, float]]:
+        """The content of spent.json; empty where there is none."""
+        path = self.path / "spent.json"
+        found: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.is_file() else {}
+        return found
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """One line; flushed, so that a kill loses at most the line being written."""

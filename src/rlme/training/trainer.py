@@ -23,7 +23,7 @@ from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from rlme.reward import MetaReward, Row
-from rlme.sampling import sample
+from rlme.sampling import Sampled, sample
 from rlme.scoring import completion_logps, plan_rows
 from rlme.training.order import PromptOrder
 
@@ -73,6 +73,8 @@ class RLMETrainer(GRPOTrainer):
         """Seconds of each stage since the last update's metrics were written: sample, judge, update."""
         self.counts: dict[str, int] = {}
         """Tokens of each stage since then: sampled, judged (computed), judged_in (asked about), trained."""
+        self.upcoming: list[dict[str, Any]] | None = None
+        """Rows of the data set whose completions are sampled next and judged then: judging of each may begin early."""
         self._truncated: list[bool] = []
         self._current_train_step_time: float
         self._sampled_logps: list[list[float]] | None = None
@@ -149,6 +151,7 @@ class RLMETrainer(GRPOTrainer):
                 tokenizer=self._tokenizer,
                 seed=seed,
                 dtype=torch.bfloat16 if self.args.bf16 else None,
+                on_finished=self._on_finished(counts),
             )
             model.train(training)
         drawn = [one for group in groups for one in group]
@@ -159,6 +162,21 @@ class RLMETrainer(GRPOTrainer):
         plain = self.top_p == 1 and not self.top_k and not self.min_p and self.repetition_penalty == 1
         self._sampled_logps = [one.logprobs for one in drawn] if asked and plain and learning else None
         return [one.ids for one in drawn], None
+
+    def _on_finished(self, counts: list[int]) -> Callable[[int, int, Sampled], None] | None:
+        """What starts the judging of a completion while others are still written, if any evaluator can."""
+        rows = self.upcoming
+        able = hasattr(self.reward, "begin") and any(hasattr(e, "begin") for e in self.reward.evaluators(self))
+        parsed = any(getattr(self._tokenizer, name, None) for name in ("response_template", "response_schema"))
+        if rows is None or not able or parsed:  # TRL reads parsed replies in its own way, all at once
+            return None
+        first = [sum(counts[:p]) for p in range(len(counts))]
+
+        def begin(p: int, c: int, one: Sampled) -> None:
+            text = self._tokenizer.decode(one.ids, skip_special_tokens=True)
+            self.reward.begin(rows[first[p] + c], text, one.ids, trainer=self)
+
+        return begin
 
     def _sampling_seed(self) -> int:
         """A function of run seed, batch and process alone, so that a resumed run draws the same completions."""
@@ -177,8 +195,9 @@ class RLMETrainer(GRPOTrainer):
         return rewards
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
-        self._sampled_logps = None
+        self._sampled_logps, self.upcoming = None, inputs
         batch = super()._generate_and_score_completions(inputs)
+        self.upcoming = None
         rows = self.reward.rows
         for i, (row, example) in enumerate(zip(rows, inputs, strict=True)):
             row["prompt_index"] = int(example.get("prompt_index", -1))

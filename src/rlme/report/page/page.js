@@ -244,12 +244,12 @@ function openStep(step) {
   $("samples").scrollIntoView();
 }
 function judgedTable(row) {
-  const body = row.judged.map(([evaluator, question, p, score, mass, failure, detail, , weight]) => {
+  const body = row.judged.map(([evaluator, question, p, score, mass, failure, detail, , weight, bounded]) => {
     const name = weight === 0 ? `${evaluator} (weight 0)` : evaluator;
     if (failure !== null || p === null)
       return el("tr", {}, el("td", { text: name }), el("td", { text: question }), el("td", { class: "failed", colspan: "3", text: show(`failed: ${failure ?? "no number"}${detail ? " – " + detail : ""}`) }));
     const bar = el("div"); bar.style.width = `${p * 100}%`; if (weight !== 0) bar.style.background = "var(--c0)";
-    return el("tr", {}, el("td", { text: name }), el("td", { text: question }), el("td", {}, el("div", { class: "p" }, el("span", { text: probability(p) }), el("div", { class: "meter" }, bar))),
+    return el("tr", {}, el("td", { text: name }), el("td", { text: question }), el("td", {}, el("div", { class: "p" }, el("span", bounded ? { text: `${probability(p)} *`, title: "the server did not return a label: an upper bound stands in for it" } : { text: probability(p) }), el("div", { class: "meter" }, bar))),
       el("td", { class: "n", text: num(score) }), el("td", { class: "n", text: mass === null ? "" : num(mass) }));
   });
   if (!body.length) return null;
