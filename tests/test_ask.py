@@ -122,6 +122,35 @@ def test_wordings_are_ranked_and_twins_are_named() -> None:
     assert any("interval overlaps" in line for line in conclusions(asked))
 
 
+def test_a_question_with_its_own_way_is_asked_once_and_own_templates_are_told_apart() -> None:
+    judge = RuleJudge(noisy())
+    fixed = Question("Right?", "fixed", template="reply", readout="yes_no")
+    asked = ask(sums(), [fixed], [judge], [WAY, Judging("paper", "scale")])
+    assert [v.name for v in asked.verdicts] == ["fixed (rule, reply/yes_no)"]
+    own = [Judging(f"{{{{ question }}}} {{{{ prompt }}}} {{{{ completion }}}}{end}", "yes_no") for end in ("", "?")]
+    asked = ask(sums(), [Question("Right?", "q")], [judge], own)
+    assert {v.template for v in asked.verdicts} == {"own", "own 2"}
+
+
+def test_labels_of_one_kind_are_said_and_answers_without_one_do_not_count() -> None:
+    wrong = [[Candidate(c.sample, False) for c in group] for group in sums(4)]
+    asked = ask(wrong, [Question("?", "q")], [RuleJudge(noisy())], [WAY])
+    assert asked.verdicts[0].auroc is None
+    assert any(line.startswith("All 16 labelled answers are wrong") for line in conclusions(asked))
+    some = [*sums(), [Candidate(Sample("What is 1 + 1?", "It is 2."))]]
+    asked = ask(some, [Question("?", "q")], [RuleJudge(noisy())], [WAY])
+    assert asked.verdicts[0].auroc is not None
+    assert asked.verdicts[0].auroc.value > 0.95
+
+
+def test_spreads_of_different_read_outs_are_not_ranked_against_each_other() -> None:
+    unlabelled = [[Candidate(c.sample) for c in group] for group in sums()]
+    judges = [RuleJudge(noisy(), name="one"), RuleJudge(noisy(1), name="two")]
+    asked = ask(unlabelled, [Question("?", "q")], judges, [WAY, Judging("reply", "marker")])
+    best = [line for line in conclusions(asked) if line.startswith("Best read out as ")]
+    assert {line.split()[4] for line in best} == {"yes_no", "marker"}
+
+
 def test_most_and_least_liked_are_the_ends_of_the_widest_groups() -> None:
     asked = run(noisy())
     assert len(asked.liked) == 3
@@ -202,7 +231,7 @@ def test_bad_rows_are_named(tmp_path: Path, record: dict[str, Any], label: str |
 def invoke(*arguments: str) -> Any:
     app = Typer()
     app.command()(ask_command)
-    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"})
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "80"})
 
 
 def test_the_command_samples_asks_and_writes(tmp_path: Path, tiny_policy_dir: Path) -> None:
@@ -232,7 +261,10 @@ def test_the_command_reads_a_file_and_shows_hostile_text_as_text(tmp_path: Path,
     )
     result = invoke(str(path), "--data", source, "--completion", "text")
     assert result.exit_code == 0, result.output
-    assert "AUROC" in result.output
+    header = next(line for line in result.output.splitlines() if "p(target)" in line).split()
+    assert header == ["question", "p(target)", "spread", "moves", "AUROC", "in", "group", "tokens"]
+    row = next(line for line in result.output.splitlines() if line.startswith(" correct "))
+    assert "…" not in row and len(row.split()) == 7  # nothing is cut off in 80 columns
     assert "[red]2[/red] [/]" in result.output
     assert "\x1b" not in result.output
 

@@ -15,11 +15,11 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
-from rlme.candidates import Candidate, group_stds, labelled
+from rlme.candidates import Candidate, group_stds
 from rlme.evaluators.base import Evaluator
 from rlme.judgement import Judgement
-from rlme.judging import Judging, Sample, judge
-from rlme.questions import Question
+from rlme.judging import Judging, Sample, judge, plan_questions
+from rlme.questions import TEMPLATES, Question
 
 RESAMPLES = 1000
 CHUNK = 8
@@ -74,7 +74,7 @@ class Verdict:
     @property
     def name(self) -> str:
         """What tells this row from the others."""
-        return f"{self.question} · {self.evaluator} · {self.template}/{self.readout}"
+        return _name(self.question, self.evaluator, self.template, self.readout)
 
 
 @dataclass
@@ -87,6 +87,8 @@ class Asked:
     """Correlation of the scores of two questions asked by the same evaluator in the same way."""
     liked: list[dict[str, Any]]
     """Most and least liked answer of a few groups by the best verdict's question."""
+    labels: str = ""
+    """Why there is no AUROC although some answers are known to be right or wrong."""
     judgements: dict[str, list[list[Judgement]]] = field(default_factory=dict, repr=False)
     """Verdict name -> judgements per group."""
 
@@ -95,6 +97,7 @@ class Asked:
         return {
             "verdicts": [asdict(v) for v in self.verdicts],
             "correlations": [{"a": a, "b": b, "correlation": r} for a, b, r in self.correlations],
+            "labels": self.labels,
             "liked": self.liked,
         }
 
@@ -111,36 +114,64 @@ def ask(
     """Ask every question of every evaluator in every variant (template and read-out) about every completion.
 
     `advance` is called with the number of prompts done, in all for each evaluator and variant. Questions are asked
-    separately, whatever `joint` says: their own signal is what is looked for.
+    separately, whatever `joint` says: their own signal is what is looked for. A question that fixes its own template
+    and read-out is asked once, not once for each variant.
     """
     completions = sum(len(group) for group in groups)
     swapped = exchanged(groups, SWAPPED)
-    has_labels = labelled(groups)
-    asked = Asked([], [], [])
-    for variant in variants:
+    asked = Asked([], [], [], labels=_no_labels(groups))
+    own: dict[str, str] = {}
+    for variant in (replace(variant, joint=False) for variant in variants):
         for evaluator in evaluators:
+            plans = plan_questions(evaluator, questions, variant)
+            ways = [(_template_name(p.template.text, own), "reason" if p.reason else p.readout.name) for p in plans]
+            new = [
+                (question, way)
+                for question, way in zip(questions, ways, strict=True)
+                if _name(question.name, evaluator.name, *way) not in asked.judgements
+            ]
+            if not new:
+                advance(len(groups))
+                continue
+            texts = [question for question, _ in new]
             started = time.perf_counter()
-            judged = []
+            judged: list[list[Judgement]] = []
             for some in chunks(groups):
-                part = [candidate.sample for group in some for candidate in group]
-                judged += judge(part, questions, [evaluator], replace(variant, joint=False))
+                judged += judge([c.sample for group in some for c in group], texts, [evaluator], variant)
                 advance(len(some))
-            seconds = (time.perf_counter() - started) / max(1, completions * len(questions))
-            again = judge([s for _, s in swapped], questions, [evaluator], replace(variant, joint=False))
-            for k, question in enumerate(questions):
-                column = [row[k] for row in judged]
+            seconds = (time.perf_counter() - started) / max(1, completions * len(new))
+            again = judge([s for _, s in swapped], texts, [evaluator], variant)
+            for k, (question, way) in enumerate(new):
+                column = _grouped([row[k] for row in judged], groups)
                 moved = [(judged[i][k], row[k]) for (i, _), row in zip(swapped, again, strict=True)]
-                verdict = _verdict(question, evaluator, variant, _grouped(column, groups), moved, seconds)
-                if has_labels:
-                    _against_labels(verdict, groups, _grouped(column, groups))
+                verdict = _verdict(question, evaluator, way, column, moved, seconds)
+                _against_labels(verdict, groups, column)
                 verdict.complaints = complaints(verdict)
                 asked.verdicts.append(verdict)
-                asked.judgements[verdict.name] = _grouped(column, groups)
+                asked.judgements[verdict.name] = column
     asked.correlations = _correlations(asked)
     asked.verdicts.sort(key=lambda v: (bool(v.complaints), -(v.auroc.value if v.auroc else v.spread.value)))
     if asked.verdicts:
         asked.liked = most_and_least(groups, asked.judgements[asked.verdicts[0].name], shown)
     return asked
+
+
+def _name(question: str, evaluator: str, template: str, readout: str) -> str:
+    return f"{question} ({evaluator}, {template}/{readout})"
+
+
+def _template_name(text: str, own: dict[str, str]) -> str:
+    """A shipped template's name; the user's own ones are numbered."""
+    shipped = next((name for name, template in TEMPLATES.items() if template.text == text), None)
+    return shipped or own.setdefault(text, f"own {len(own) + 1}" if own else "own")
+
+
+def _no_labels(groups: Sequence[Sequence[Candidate]]) -> str:
+    labels = [c.right for group in groups for c in group if c.right is not None]
+    if not labels or len(set(labels)) == 2:
+        return ""
+    which = "right" if labels[0] else "wrong"
+    return f"All {len(labels)} labelled answers are {which}: AUROC and calibration need both kinds."
 
 
 def chunks(groups: Sequence[Sequence[Candidate]]) -> Iterator[Sequence[Sequence[Candidate]]]:
@@ -177,7 +208,7 @@ def _grouped(column: Sequence[Judgement], groups: Sequence[Sequence[Candidate]])
 def _verdict(
     question: Question,
     evaluator: Evaluator,
-    variant: Judging,
+    way: tuple[str, str],
     judged: list[list[Judgement]],
     moved: Sequence[tuple[Judgement, Judgement]],
     seconds: float,
@@ -192,19 +223,12 @@ def _verdict(
         abs(a.probability - b.probability) for a, b in moved if a.probability is not None and b.probability is not None
     ]
     scores = [[j.score for j in group] for group in judged]
-    template = question.template or variant.template
-    readout = question.readout or variant.readout
-    chat = evaluator.chat
-    if template == "auto":
-        template = "chat" if chat else "paper"
-    if readout == "auto":
-        readout = "marker" if not chat else "yes_no"
     return Verdict(
         question=question.name,
         ask=question.ask,
         evaluator=evaluator.name,
-        template=template if isinstance(template, str) and "{{" not in template else "own",
-        readout=readout,
+        template=way[0],
+        readout=way[1],
         probability=fmean([j.probability for j in known if j.probability is not None]) if known else math.nan,
         spread=bootstrap(group_stds(scores)),
         mass=fmean([j.mass for j in known if j.mass is not None]) if known else math.nan,
@@ -235,7 +259,7 @@ def _against_labels(verdict: Verdict, groups: Sequence[Sequence[Candidate]], jud
         (g, c.right, j.score, j.probability)
         for g, (group, js) in enumerate(zip(groups, judged, strict=True))
         for c, j in zip(group, js, strict=True)
-        if j.score is not None and j.probability is not None
+        if c.right is not None and j.score is not None and j.probability is not None
     ]
     labels = [right for _, right, _, _ in rows]
     if len(set(labels)) < 2:
@@ -266,14 +290,11 @@ def complaints(verdict: Verdict) -> list[str]:
     if math.isnan(verdict.spread.value):
         said.append("no group has two judged answers, so there is no spread to learn from")
     elif verdict.spread.value < SPREAD:
-        said.append(f"spread too small: within a group the score differs by {verdict.spread.value:.3g} only")
+        said.append(f"spread too small: {verdict.spread.value:.2g} within a group")
     if verdict.mass < MASS:
-        said.append(f"mass too low: only {verdict.mass:.0%} of the evaluator's probability is on the labels")
+        said.append(f"mass too low: only {verdict.mass:.0%} is on the labels")
     if verdict.shift < SHIFT:
-        said.append(
-            f"answers ignored: the verdict moves by {verdict.shift:.3f} when the answer is exchanged for one to "
-            "another prompt"
-        )
+        said.append(f"answers ignored: the answer to another prompt moves the verdict by {verdict.shift:.2g} only")
     if verdict.auroc is not None and verdict.auroc.high < 0.5:
         said.append(f"wrong way round: wrong answers are rated higher (AUROC {verdict.auroc.value:.2f})")
     elif verdict.auroc is not None and verdict.auroc.low <= 0.5 <= verdict.auroc.high:
@@ -344,17 +365,40 @@ def conclusions(asked: Asked) -> list[str]:
             why = f"spread within a group {v.spread.value:.3g} ({v.spread.low:.3g} to {v.spread.high:.3g})"
         lines.append(f"{v.name} has signal: {why}, label mass {v.mass:.0%}.")
     lines += [f"{v.name} has none: {'; '.join(v.complaints)}." for v in asked.verdicts if v.complaints]
-    if len(good) > 1:
-        a, b = ((v.auroc or v.spread) for v in good[:2])
-        lines.append(
-            f"Best is {good[0].name}"
-            + ("." if a.low > b.high else f", but its interval overlaps with that of {good[1].name}: ask about more.")
-        )
+    lines += _best(good)
     if not good:
         lines.append("No question has signal: change the wording, the template, the read-out or the evaluator.")
+    with_signal = {v.name for v in good}
     for one, two, r in asked.correlations:
-        if abs(r) > 0.95:
+        if abs(r) > 0.95 and {one, two} <= with_signal:
             lines.append(f"{one} and {two} say the same (correlation {r:.2f}): one of them is enough.")
+    if asked.labels:
+        lines.append(asked.labels)
     if good and all(v.auroc is None for v in good):
         lines.append("Without labels this says that answers are told apart, not that the better one is preferred.")
     return lines
+
+
+def _best(good: Sequence[Verdict]) -> list[str]:
+    """Which of several to take. A spread compares within one read-out only: nats there, points of a scale here."""
+    ranked = [v for v in good if v.auroc is not None]
+    if ranked:
+        return [_first_of(ranked, "")] if len(good) > 1 else []
+    lines = []
+    readouts = list(dict.fromkeys(v.readout for v in good))
+    for readout in readouts:
+        same = [v for v in good if v.readout == readout]
+        if len(same) > 1:
+            lines.append(_first_of(same, f" read out as {readout}" if len(readouts) > 1 else ""))
+    return lines
+
+
+def _first_of(ranked: Sequence[Verdict], among: str) -> str:
+    best, *others = ranked
+    top = best.auroc or best.spread
+    close = [v.name for v in others if (v.auroc or v.spread).high >= top.low]
+    if not close:
+        return f"Best{among} is {best.name}."
+    return f"Best{among} is {best.name}, but its interval overlaps with that of {close[0]}" + (
+        f" and {len(close) - 1} more: ask about more prompts." if len(close) > 1 else ": ask about more prompts."
+    )

@@ -12,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from rlme.ask import Asked, Interval
+    from rlme.ask import Asked, Interval, Verdict
     from rlme.candidates import Groups
     from rlme.config import Config
     from rlme.evaluators.base import Evaluator
@@ -75,7 +75,7 @@ def ask(
 
     console = Console()
     settings = read_config(config, overrides or [])
-    questions = [*make_questions(settings.questions), *(Question(text) for text in wording or [])]
+    questions = [*make_questions(settings.questions), *(Question(text) for text in dict.fromkeys(wording or []))]
     if not questions:
         raise InputError("there is no question: the configuration has none, and no --ask was given")
     variants = _variants(make_judging(settings.judging), template or [], readout or [])
@@ -217,43 +217,58 @@ def _interval(interval: Interval | None) -> str:
 
 
 def _print_asked(asked: Asked, groups: Groups, console: Console) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
     from rlme.ask import conclusions
     from rlme.training.display import plain
 
+    def between(interval: Interval | None) -> str:
+        return "" if interval is None or math.isnan(interval.low) else f"{interval.low:.2f}-{interval.high:.2f}"
+
+    def line(verdict: Verdict) -> list[tuple[str, ...]]:
+        """Two numbers in each cell, one below the other: the whole table fits into 80 columns."""
+        v = verdict
+        cells: list[tuple[str, ...]] = [
+            (_number(v.probability, ".2f"), _number(v.mass, ".2f")),
+            (_number(v.spread.value, ".2f"), between(v.spread)),
+            (_number(v.shift, ".2f"), str(sum(v.failures.values()))),
+        ]
+        if with_labels:
+            cells += [
+                (_number(v.auroc.value if v.auroc else None, ".2f"), between(v.auroc)),
+                (_number(v.within_group_auroc, ".2f"), _number(v.calibration_error, ".2f")),
+            ]
+        return [*cells, (f"{v.tokens:.0f}", f"{v.seconds * 1000:.0f}", *([_number(v.cost, ".2g")] if priced else []))]
+
     answers = sum(len(group) for group in groups)
     with_labels = any(v.auroc is not None for v in asked.verdicts)
-    rows = Table(title=f"{answers} answers to {len(groups)} prompts, best question first", title_justify="left")
-    rows.add_column("question", min_width=16)
-    rows.add_column("asked")
-    heads = ["p(target)", "spread in a group", "mass", "moves"]
-    heads += ["AUROC", "in a group", "calib."] if with_labels else []
-    heads += ["failed", "tokens", "ms"]
     priced = any(v.cost for v in asked.verdicts)
-    for name in (*heads, "cost") if priced else heads:
+    rows = Table(title=f"{answers} answers to {len(groups)} prompts, best question first", title_justify="left",
+                 box=SIMPLE_HEAD, padding=(0, 1, 0, 0), leading=1)  # fmt: skip
+    rows.add_column("question\nasked", ratio=1)
+    heads = ["p(target)\nmass", "spread\n95 %", "moves\nfailed"]
+    heads += ["AUROC\n95 %", "in group\ncalib."] if with_labels else []
+    for name in [*heads, "tokens\nms" + ("\ncost" if priced else "")]:
         rows.add_column(name, justify="right", no_wrap=True)
     for v in asked.verdicts:
-        numbers = [_number(v.probability), _interval(v.spread), _number(v.mass, ".2f"), _number(v.shift, ".3f")]
-        if with_labels:
-            numbers += [
-                _interval(v.auroc),
-                _number(v.within_group_auroc, ".2f"),
-                _number(v.calibration_error, ".2f"),
-            ]
-        numbers += [str(sum(v.failures.values()) or ""), f"{v.tokens:.0f}", f"{v.seconds * 1000:.0f}"]
-        numbers += [_number(v.cost)] if priced else []
-        style = "dim" if v.complaints else ""
-        way = Text(f"{plain(v.evaluator, 24)}\n{v.template}/{v.readout}")
-        rows.add_row(Text(plain(v.question, 60)), way, *numbers, style=style)
+        what = Text(plain(v.question, 60), style="" if v.complaints else "bold")
+        what.append(f"\n{plain(v.evaluator, 24)} {v.template}/{v.readout}", style="not bold")
+        rows.add_row(what, *("\n".join(cell) for cell in line(v)), style="dim" if v.complaints else "")
     console.print(rows)
     if asked.correlations:
-        same = Table(title="correlation of the scores of two questions asked in the same way", title_justify="left")
-        for name in ("", "", "correlation"):
-            same.add_column(name, justify="right" if name else "left")
-        for one, two, r in sorted(asked.correlations, key=lambda item: -abs(item[2]))[:CORRELATIONS]:
-            same.add_row(Text(plain(one, 80)), Text(plain(two, 80)), f"{r:.2f}")
+        same = Table(title="correlation of the scores of two questions asked in the same way", title_justify="left",
+                     box=SIMPLE_HEAD)  # fmt: skip
+        for name in ("question", "question", "asked", "r"):
+            same.add_column(name, justify="right" if name == "r" else "left", ratio=1 if name == "question" else None)
+        verdicts = {v.name: v for v in asked.verdicts}
+        for first, second, r in sorted(asked.correlations, key=lambda item: -abs(item[2]))[:CORRELATIONS]:
+            one, two = verdicts[first], verdicts[second]
+            same.add_row(
+                Text(plain(one.question, 60)), Text(plain(two.question, 60)),
+                Text(f"{plain(one.evaluator, 24)} {one.template}/{one.readout}"), f"{r:.2f}",
+            )  # fmt: skip
         console.print(same)
     for pair in asked.liked:
         sides = Table(title=Text(plain(pair["prompt"][-400:], 400)), title_justify="left", expand=True, show_lines=True)
@@ -263,8 +278,8 @@ def _print_asked(asked: Asked, groups: Groups, console: Console) -> None:
             sides.add_column(f"{name} liked: p {_number(side['probability'])}{right}", ratio=1)
         sides.add_row(*(Text(plain(pair[name]["completion"], 600)) for name in ("most", "least")))
         console.print(sides)
-    for line in conclusions(asked):
-        console.print(Text(plain(line, 1000)))
+    for sentence in conclusions(asked):
+        console.print(Text(plain(sentence, 1000)))
 
 
 def _print_selected(report: Report, console: Console) -> None:
