@@ -8,15 +8,15 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from rlme.config import Config
+from rlme.config import Config, PairwiseRewardConfig
 from rlme.evaluators.endpoint_config import EndpointConfig
 
 HEAD = """# Configuration
 
-One YAML file; only `model`, `data` and (unless the reward is `rlvr`) `questions` have to be given. `rlme init` writes a
-starter, `rlme check FILE --show` prints a file with all defaults filled in, `rlme schema` gives the JSON schema for
-editors, and `--set section.key=value` overrides any key on the command line (`--set evaluators.0.weight=0.5` reaches
-into a list). An unknown key is an error that names the nearest known one.
+One YAML file; only `model`, `data` and (unless the reward is `rlvr` or `pairwise`) `questions` have to be given.
+`rlme init` writes a starter, `rlme check FILE --show` prints a file with all defaults filled in, `rlme schema` gives
+the JSON schema for editors, and `--set section.key=value` overrides any key on the command line
+(`--set evaluators.0.weight=0.5` reaches into a list). An unknown key is an error that names the nearest known one.
 
 Made by `python docs/make_configuration.py`.
 """
@@ -77,6 +77,9 @@ def page() -> str:
             lines += [SHORT[name], ""]
         if found:
             lines += [*table(found[0]), ""]
+        if name == "reward":
+            lines += ["### reward.pairwise", "", "See [align.md](align.md#the-bridge-to-rlme-train).", ""]
+            lines += [*table(PairwiseRewardConfig), ""]
         elif not field.is_required():
             lines += [f"Default: `{field.default!r}`.", ""]
     lines += ["## evaluators: endpoint", "", "See [endpoints.md](endpoints.md).", "", *table(EndpointConfig), ""]

@@ -1,6 +1,5 @@
-"""Ranking candidates by pairs, choosing preference pairs, and the pairwise judge as a reward."""
+"""Ranking candidates by pairs, and choosing preference pairs."""
 
-import json
 from itertools import combinations
 
 import pytest
@@ -11,8 +10,7 @@ from rlme.align.judge import PairwiseJudge
 from rlme.align.pairs import Pair, choose, require_pairs
 from rlme.align.protocols import PROTOCOLS
 from rlme.align.ranking import Candidates, Ranking, calls_needed, instruction_text, rank
-from rlme.align.reward import PairwiseReward
-from rlme.errors import InputError, RunStopped
+from rlme.errors import InputError
 from rlme.judgement import Answer, Failure
 from tests.fake_judge import FakeJudge, sections, text_of
 
@@ -200,97 +198,3 @@ def test_no_pair_left_is_said_before_dpo():
 
 
 # the bridge
-
-
-def test_reward_is_the_win_rate_within_the_group():
-    group = texts(3)
-    reward = PairwiseReward("refeval", [FakeJudge()])
-    prompts, completions = ["Count."] * 3 + ["Again."] * 2, [*group, "one two", "one two"]
-    logged: dict[str, float] = {}
-    found = reward(prompts, completions, reference=[WORDS] * 5, log_metric=logged.__setitem__)
-    assert found[:3] == pytest.approx(ranked(FakeJudge(), group).scores)
-    assert found[3:] == [0.5, 0.5]
-    assert logged["pairwise/missing"] == 0 and 0 < logged["pairwise/mass"] <= 1
-
-
-def test_a_failed_comparison_gives_none_not_a_half():
-    reward = PairwiseReward("refeval", [FakeJudge(fail_on="poison")], max_failure_rate=0.5)
-    logged: dict[str, float] = {}
-    found = reward(["Q"] * 3, [*texts(2), "poison"], reference=[WORDS] * 3, log_metric=logged.__setitem__)
-    assert found[2] is None and None not in found[:2]
-    assert logged["pairwise/failures/timeout"] == 4
-
-
-def test_reward_reads_chat_and_stored_columns_and_names_a_missing_reference():
-    reward = PairwiseReward("refeval", [FakeJudge()])
-    chat = [[{"role": "user", "content": "Count."}]] * 2
-    completions = [[{"role": "assistant", "content": t}] for t in texts(2)]
-    found = reward(chat, completions, columns=[json.dumps({"reference": [WORDS]})] * 2)
-    assert found[1] > 0.5 > found[0]
-    with pytest.raises(InputError, match="the dataset has no column 'reference'"):
-        reward(chat, completions)
-    with pytest.raises(InputError, match="has none"):
-        reward(chat, completions, reference=["", ""])
-
-
-def test_reward_stops_a_run_when_too_much_fails():
-    reward = PairwiseReward("refeval", [FakeJudge(fail_on="Q")])
-    with pytest.raises(RunStopped, match=r"3 of 3 completions have no reward \(timeout x6\)"):
-        reward(["Q"] * 3, list(texts(3)), reference=[WORDS] * 3)
-
-
-def test_reward_stands_in_for_questions_in_the_trainer(tiny_policy_dir, tmp_path):
-    from datasets import Dataset
-    from trl import GRPOConfig
-
-    from rlme.models import load_model, load_tokenizer
-    from rlme.training.trainer import RLMETrainer
-
-    rows = [{"prompt": f"Question {i}?", "reference": "Yes Yes", "prompt_index": i} for i in range(4)]
-    arguments = GRPOConfig(
-        output_dir=str(tmp_path), per_device_train_batch_size=8, num_generations=4, max_completion_length=6,
-        max_steps=1, report_to="none", disable_tqdm=True, use_cpu=True, loss_type="cispo", epsilon_high=5.0, beta=0.0,
-        scale_rewards="none",
-    )  # fmt: skip
-    rollouts: list[list[dict]] = []
-    model = load_model(tiny_policy_dir)
-    before = model.lm_head.weight.clone()
-    trainer = RLMETrainer(
-        model, PairwiseReward("refeval", [FakeJudge(lambda o, i, r: len(o) / 20)]), args=arguments,
-        train_dataset=Dataset.from_list(rows), processing_class=load_tokenizer(tiny_policy_dir),
-        on_rollouts=lambda step, rows: rollouts.append(rows),
-    )  # fmt: skip
-    trainer.train()
-    (batch,) = rollouts
-    assert len(batch) == 8
-    for group in (batch[:4], batch[4:]):
-        rewards = [row["reward"] for row in group]
-        mean = sum(rewards) / 4
-        assert [row["advantage"] for row in group] == pytest.approx([r - mean for r in rewards], abs=1e-6)
-        order = sorted(group, key=lambda row: len(row["completion"]))
-        assert order[0]["reward"] <= order[-1]["reward"]
-    assert not before.equal(model.lm_head.weight)
-
-
-def test_reward_trains_with_trl(tiny_policy_dir, tmp_path):
-    from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
-
-    from rlme.models import load_tokenizer
-
-    rows = [{"prompt": f"Question {i}?", "reference": "Yes Yes"} for i in range(4)]
-    arguments = GRPOConfig(
-        output_dir=str(tmp_path), per_device_train_batch_size=4, num_generations=4, max_completion_length=6,
-        max_steps=1,
-        report_to="none", disable_tqdm=True, use_cpu=True, logging_steps=1,
-    )  # fmt: skip
-    reward = PairwiseReward("refeval", ["live"], schedule="unordered")
-    trainer = GRPOTrainer(
-        str(tiny_policy_dir), reward_funcs=reward, args=arguments, train_dataset=Dataset.from_list(rows),
-        processing_class=load_tokenizer(tiny_policy_dir),
-    )  # fmt: skip
-    trainer.train()
-    logged = trainer.state.log_history[0]
-    assert 0 <= logged["rewards/pairwise/mean"] <= 1
-    assert logged["pairwise/missing"] == 0
-    assert reward.rankings

@@ -194,11 +194,39 @@ def evaluator_weights(evaluators: Sequence[EvaluatorConfig]) -> list[float]:
     return [1 / open_ if e.weight is None else e.weight for e in evaluators]
 
 
+class PairwiseConfig(Section):
+    """How completions of one prompt are compared with each other."""
+
+    protocol: str = "refeval"
+    """base, refeval, refmatch, vanilla, cot, reference, href, or a file with your own."""
+    schedule: Literal["ordered", "unordered", "tournament"] = "ordered"
+    """ordered: every pair in both orders (20 calls for n = 5). unordered: every pair once, in a random order (10).
+    tournament: knock-out for the best and the worst, both orders (12)."""
+    vote: bool = False
+    """With several references: one vote each instead of the mean of the probabilities."""
+    max_tokens: int | None = Field(None, ge=64)
+    """Longest judge prompt. Default: what the evaluator accepts."""
+    too_long: Literal["shorten", "refuse"] = "shorten"
+    """Longer ones: cut outputs and reference at their end, all to one length; or count a failure."""
+    critique_tokens: int = Field(256, ge=1)
+    """Longest reasoning of protocols that reason first."""
+
+
+class PairwiseRewardConfig(PairwiseConfig):
+    """The comparisons behind the reward of mode pairwise."""
+
+    reference: str = "reference"
+    """Data column with the reference output, or a list of them, for protocols that show one."""
+
+
 class RewardConfig(Section):
     """How judgements (and gold) become one number."""
 
-    mode: Literal["rlme", "rlvr", "rlvr+rlme"] = "rlme"
-    """rlme: equation 3. rlvr: 1 if the answer is right, else 0. rlvr+rlme: both."""
+    mode: Literal["rlme", "rlvr", "rlvr+rlme", "pairwise"] = "rlme"
+    """rlme: equation 3. rlvr: 1 if the answer is right, else 0. rlvr+rlme: both. pairwise: the mean soft win rate
+    against the other completions of the group, by a pairwise judge; no questions are asked."""
+    pairwise: PairwiseRewardConfig | None = None
+    """Protocol and schedule of mode pairwise."""
     combine: Literal["normalized", "sum"] = "normalized"
     """rlvr+rlme: each part to mean 0, std 1 within the batch, then added (the paper's Tables 1-2); or plainly added."""
     rlvr_weight: float = 1.0
@@ -309,7 +337,18 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        judged = self.reward.mode != "rlvr"
+        pairwise = self.reward.mode == "pairwise"
+        if pairwise and self.questions:
+            raise ValueError("reward.mode pairwise compares completions and asks no questions: remove `questions`")
+        if pairwise and self.reward.anchor > 0:
+            raise ValueError("reward.anchor shows the answer beside a question, and reward.mode pairwise asks none")
+        if self.reward.pairwise is not None and not pairwise:
+            raise ValueError(f"reward.pairwise is given, but reward.mode is {self.reward.mode!r}: set it to pairwise")
+        if pairwise and any(e.weight == 0 for e in self.evaluators):
+            raise ValueError("an evaluator of weight 0 is only asked questions; reward.mode pairwise asks none")
+        if pairwise and not self.evaluators:
+            raise ValueError("`evaluators` is empty: give at least one, e.g. [live]")
+        judged = self.reward.mode in ("rlme", "rlvr+rlme")
         if judged and not self.questions:
             raise ValueError("`questions` is empty: give at least one question, or set reward.mode to rlvr")
         if judged and not self.evaluators:
@@ -318,7 +357,7 @@ class Config(Section):
             raise ValueError("all question weights are zero, so every reward would be 0: give one a non-zero `weight`")
         if judged and all(e.weight == 0 for e in self.evaluators):
             raise ValueError("all evaluator weights are zero, so every reward would be 0: give one a non-zero `weight`")
-        for key, wants in (("mode", self.reward.mode != "rlme"), ("anchor", self.reward.anchor > 0)):
+        for key, wants in (("mode", "rlvr" in self.reward.mode), ("anchor", self.reward.anchor > 0)):
             if wants and self.data.answer is None:
                 value = getattr(self.reward, key)
                 raise ValueError(

@@ -13,6 +13,7 @@ from rlme.config import (
     JudgingConfig,
     LoraConfig,
     ModelConfig,
+    PairwiseConfig,
     QuestionConfig,
     Section,
     evaluator_list,
@@ -104,24 +105,11 @@ class SampleStage(Section):
     """Prompts whose answers are written together; also what is redone after an interruption."""
 
 
-class JudgeStage(Section):
+class JudgeStage(PairwiseConfig):
     """Who compares the candidates, and how."""
 
     evaluators: Evaluators = Field(default_factory=lambda: [EvaluatorConfig(model="live")])
     """live: the model that wrote them. frozen: the model after sft. Or others and endpoints, as in `rlme train`."""
-    protocol: str = "refeval"
-    """base, refeval, refmatch, vanilla, cot, reference, href, or a file with your own."""
-    schedule: Literal["ordered", "unordered", "tournament"] = "ordered"
-    """ordered: every pair in both orders (20 calls for n = 5). unordered: every pair once, in a random order (10).
-    tournament: knock-out for the best and the worst, both orders (12)."""
-    vote: bool = False
-    """With several references: one vote each instead of the mean of the probabilities."""
-    max_tokens: int | None = Field(None, ge=64)
-    """Longest judge prompt. Default: what the evaluator accepts."""
-    too_long: Literal["shorten", "refuse"] = "shorten"
-    """Longer ones: cut outputs and reference at their end, all to one length; or count a failure."""
-    critique_tokens: int = Field(256, ge=1)
-    """Longest reasoning of protocols that reason first."""
     questions: Questions = Field(default_factory=dict)
     """Instead of comparing pairs: score every candidate by weighted questions, as in `rlme train`."""
     judging: JudgingConfig = JudgingConfig()

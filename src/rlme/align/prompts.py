@@ -78,7 +78,7 @@ def _read(
     found: list[AlignPrompt] = []
     dropped = 0
     for prompt in prompts.prompts:
-        references = _references(prompt.columns.get(data.reference))
+        references = reference_texts(prompt.columns.get(data.reference))
         if required and not references:
             if data.without_reference == "refuse":
                 raise InputError(
@@ -95,7 +95,8 @@ def _read(
     return found
 
 
-def _references(value: Any) -> tuple[str, ...]:
+def reference_texts(value: Any) -> tuple[str, ...]:
+    """The references in a cell: one text or a list of them; empty ones do not count."""
     values: Sequence[Any] = value if isinstance(value, list) else [value]
     return tuple(v for v in values if isinstance(v, str) and v.strip())
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rlme.align.judge import PairwiseJudge
+from rlme.align.prompts import reference_texts
 from rlme.align.protocols import Protocol, load_protocol
 from rlme.align.ranking import Candidates, Ranking, Schedule, instruction_text, rank
 from rlme.errors import InputError, RunStopped
 from rlme.evaluators.base import Evaluator
+from rlme.verify import extract_answer, same_answer
 
 
 class PairwiseReward:
@@ -27,7 +29,9 @@ class PairwiseReward:
         reference: dataset column with a reference output or a list of them.
         schedule: which pairs are compared, see `ranking.Schedule`.
         seed: of random schedules.
+        answer, completion_format, compare: known answers, for the metric gold/accuracy only (as in `MetaReward`).
         max_failure_rate: `RunStopped` is raised when a larger share of a batch has no reward.
+        evaluator_options: of evaluators in this process: token_budget, share, max_context_tokens.
         options: further arguments of `PairwiseJudge` (vote, max_tokens, too_long, critique_tokens).
 
     A completion whose comparisons failed gets None and leaves the loss and the group's mean. A group of equal
@@ -43,7 +47,11 @@ class PairwiseReward:
         reference: str = "reference",
         schedule: Schedule = "ordered",
         seed: int = 0,
+        answer: str | None = None,
+        completion_format: str | None = None,
+        compare: Literal["math", "exact"] = "math",
         max_failure_rate: float = 0.2,
+        evaluator_options: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
         self.__name__ = "pairwise"
@@ -58,12 +66,15 @@ class PairwiseReward:
         """What the last call judged: one row a completion, as it is written to `rollouts/`."""
         self._evaluators: list[str | Evaluator] = list(evaluators)
         self._judge_weights = weights
-        self._options = options
+        self._options = dict(evaluator_options or {})
+        self._judge_options = options
         self._judge: PairwiseJudge | None = None
-        # What RLMETrainer asks of a reward and pairs do not have: questions with weights, and gold.
+        self.answer = answer
+        self.completion_format = completion_format or ("auto" if answer else None)
+        self.compare: Literal["math", "exact"] = compare
+        # What RLMETrainer asks of a reward and pairs do not have: questions with weights.
         self.questions: list[Any] = []
         self.weights: list[float] = []
-        self.answer: str | None = None
 
     def __call__(
         self,
@@ -80,6 +91,9 @@ class PairwiseReward:
             self._log(log_metric, rewards)
         return rewards
 
+    def begin(self, *args: Any, **options: Any) -> None:
+        """Nothing can be compared before the whole group is there."""
+
     def score(
         self,
         prompts: Sequence[Any],
@@ -91,8 +105,10 @@ class PairwiseReward:
         enforce_failure_rate: bool = True,
     ) -> list[float | None]:
         """Rewards of a batch; what was judged stays in `rows` and `rankings`. A completion alone has none."""
+        columns = columns or {}
         texts = [c if isinstance(c, str) else str(c[-1].get("content") or "") for c in completions]
-        references = self._references(columns or {}, len(texts))
+        references = self._references(columns, len(texts))
+        golds = columns[self.answer] if self.answer is not None else [None] * len(texts)
         groups: dict[str, list[int]] = {}
         for i, prompt in enumerate(prompts):
             groups.setdefault(json.dumps([prompt, references[i]], sort_keys=True), []).append(i)
@@ -109,9 +125,16 @@ class PairwiseReward:
             for i, score in zip(members, ranking.scores, strict=True):
                 rewards[i] = 0.5 if equal else score
                 tokens = len(completion_ids[i]) if completion_ids is not None else 0
-                self.rows[i] = self._row(group.instruction, texts[i], tokens, rewards[i], ranking, len(members))
+                row = self._row(group.instruction, texts[i], tokens, rewards[i], ranking, len(members))
+                self.rows[i] = row | self._measured(texts[i], golds[i])
         self._check(rewards, enforce_failure_rate)
         return rewards
+
+    def _measured(self, text: str, gold: Any) -> dict[str, Any]:
+        """The completion's answer and whether it is right; no judge sees either."""
+        answer = extract_answer(text, self.completion_format) if self.completion_format else None
+        correct = None if gold is None else same_answer(answer, str(gold), self.compare)
+        return {"answer": answer, "gold": None if gold is None else str(gold), "correct": correct}
 
     def _row(
         self, instruction: str, text: str, tokens: int, reward: float | None, ranking: Ranking, members: int
@@ -122,9 +145,10 @@ class PairwiseReward:
             "score": reward,
             "probability": reward,
             "mass": ranking.mass if ranking.mass is not None else 1.0,
-            "failure": None if reward is not None else next(iter(ranking.failures), "alone in its group"),
+            "failure": None if reward is not None else next(iter(ranking.failures), "malformed"),
             "detail": "",
             "critique": None,
+            "bounded": False,
             "weight": 1.0,
             "tokens_in": ranking.tokens_in // members,
             "tokens_out": 0,
@@ -134,11 +158,8 @@ class PairwiseReward:
             "prompt": instruction,
             "completion": text,
             "tokens": tokens,
-            "answer": None,
-            "gold": None,
-            "correct": None,
             "anchored": False,
-            "judgements": [judgement],
+            "judgements": [judgement] if members > 1 else [],  # alone (a held-out prompt) it was not judged
             "reward": reward,
         }
 
@@ -169,14 +190,16 @@ class PairwiseReward:
                 f"protocol {self.protocol.name!r} shows the judge a reference, but the dataset has no column "
                 f"{self.reference!r}."
             )
-        return [tuple(v) if isinstance(v, list) else (v,) if isinstance(v, str) else () for v in values]
+        return [reference_texts(value) for value in values]
 
     def _ready(self, trainer: Any) -> PairwiseJudge:
         if self._judge is None:
             from rlme.evaluators.build import named_evaluator
 
-            evaluators = [named_evaluator(e, trainer) if isinstance(e, str) else e for e in self._evaluators]
-            self._judge = PairwiseJudge(evaluators, self.protocol, weights=self._judge_weights, **self._options)
+            evaluators = [
+                named_evaluator(e, trainer, **self._options) if isinstance(e, str) else e for e in self._evaluators
+            ]
+            self._judge = PairwiseJudge(evaluators, self.protocol, weights=self._judge_weights, **self._judge_options)
         return self._judge
 
     def _log(self, log_metric: Callable[[str, float], None], rewards: Sequence[float | None]) -> None:

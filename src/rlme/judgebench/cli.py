@@ -47,6 +47,9 @@ def judge_bench(
     ] = None,
     resamples: Annotated[int | None, typer.Option(min=0, help="Bootstrap resamples.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of bootstrap and exchanged references.")] = None,
+    overrides: Annotated[
+        Many, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: section.key=value. Repeatable.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for the report and the verdicts.")
     ] = None,
@@ -63,7 +66,7 @@ def judge_bench(
     console = Console(width=None if sys.stdout.isatty() else 180)  # tables in a log are not folded
     folder = output
     if verdicts is not None:
-        if config is not None or judge or data or protocol or question:
+        if config is not None or judge or data or protocol or question or overrides:
             raise InputError("--verdicts scores a file of recorded verdicts: leave out judges, sets and protocols.")
         from rlme.judgebench.run import load_recorded
 
@@ -73,8 +76,9 @@ def judge_bench(
         from rlme.judgebench.config import BenchConfig
 
         content = _content(config, locals())
-        from rlme.config_file import validate
+        from rlme.config_file import apply_overrides, validate
 
+        content = apply_overrides(content, overrides or [])
         settings = validate(BenchConfig, content, str(config or "judge-bench"))
         folder = Path(settings.output) if settings.output else None
         runs = _judge(settings, folder, console)

@@ -26,7 +26,7 @@ from rlme.rows import load_rows
 
 Shown = Literal["given", "other", "worse"]
 """Which reference the judge saw: the item's own, another item's, or the worse output itself."""
-CHUNK = 4
+CHUNK = 8
 """Items in one call: few enough for a moving progress bar, enough to share work."""
 
 

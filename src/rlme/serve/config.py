@@ -48,8 +48,10 @@ class ServeConfig(Section):
             raise ValueError("a reward server needs `questions` and `evaluators`")
         if own := next((e.model for e in self.evaluators if e.model in ("live", "frozen")), None):
             raise ValueError(f"evaluator {own!r} is the policy of a training run; name a model or an endpoint to serve")
+        if self.reward.mode == "pairwise":
+            raise ValueError("reward.mode pairwise compares a whole group, and a server is asked about one completion")
         answers = isinstance(self.data, dict) and self.data.get("answer")
-        if self.reward.mode != "rlme" and not answers:
+        if "rlvr" in self.reward.mode and not answers:
             raise ValueError(f"reward.mode {self.reward.mode} needs known answers: set data.answer")
         if self.reward.mode == "rlvr+rlme" and self.reward.combine == "normalized":
             raise ValueError(
@@ -75,7 +77,7 @@ def make_reward(config: ServeConfig, evaluators: list[Evaluator]) -> MetaReward:
         evaluators,
         evaluator_weights=config.weights(),
         judging=make_judging(config.judging),
-        mode=config.reward.mode,
+        mode=config.reward.mode,  # type: ignore[arg-type]  # never pairwise: refused above
         combine=config.reward.combine,
         rlvr_weight=config.reward.rlvr_weight,
         rlme_weight=config.reward.rlme_weight,

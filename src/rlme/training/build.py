@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from rlme.config import Config, EvaluatorConfig
+from rlme.align.judge import PairwiseJudge
+from rlme.align.prompts import reference_texts
+from rlme.align.protocols import load_protocol
+from rlme.align.reward import PairwiseReward
+from rlme.config import Config, EvaluatorConfig, PairwiseRewardConfig
 from rlme.data import PromptSet, build_prompts, load_rows
+from rlme.errors import InputError
 from rlme.evaluators.base import Evaluator
 from rlme.evaluators.build import STYLES, build_evaluator, make_judging, make_questions, named_evaluator
 from rlme.evaluators.cache import CachedEvaluator, JudgeCache, model_identity
@@ -68,6 +73,23 @@ def judge_options(config: Config) -> dict[str, Any]:
 
 def make_reward(config: Config, evaluators: list[str | Evaluator]) -> MetaReward:
     """The file's reward."""
+    gold: dict[str, Any] = {
+        "answer": "gold" if config.data.answer else None,
+        "completion_format": config.data.completion_format,
+        "compare": config.data.compare,
+    }
+    if config.reward.mode == "pairwise":
+        pairs = config.reward.pairwise or PairwiseRewardConfig()
+        reward = PairwiseReward(
+            evaluators=evaluators,
+            weights=config.evaluator_weights(),
+            seed=config.train.seed,
+            max_failure_rate=config.reward.max_failure_rate,
+            evaluator_options=judge_options(config),
+            **gold,
+            **pairs.model_dump(),
+        )
+        return cast(MetaReward, reward)  # has all of it that training asks for
     return MetaReward(
         make_questions(config.questions),
         evaluators,
@@ -77,9 +99,7 @@ def make_reward(config: Config, evaluators: list[str | Evaluator]) -> MetaReward
         combine=config.reward.combine,
         rlvr_weight=config.reward.rlvr_weight,
         rlme_weight=config.reward.rlme_weight,
-        answer="gold" if config.data.answer else None,
-        completion_format=config.data.completion_format,
-        compare=config.data.compare,
+        **gold,
         max_failure_rate=config.reward.max_failure_rate,
         token_budget=config.train.token_budget,
         share_prefixes=config.train.share_prefixes,
@@ -97,6 +117,37 @@ def training_dataset(prompts: PromptSet, config: Config) -> Any:
             "anchored", anchored_rows(len(dataset), config.reward.anchor, seed=config.train.seed)
         )
     return dataset
+
+
+def check_pairwise(config: Config, prompts: PromptSet) -> None:
+    """Refuse at the start an unknown protocol, and a prompt without the reference that the protocol shows.
+
+    Raises:
+        InputError: naming the column, and the row where a reference is missing or empty.
+    """
+    pairs = config.reward.pairwise or PairwiseRewardConfig()
+    protocol, column = load_protocol(pairs.protocol), pairs.reference
+    if not protocol.needs_reference:
+        return
+    if column not in prompts.prompts[0].columns:
+        raise InputError(
+            f"{config.data.train}: protocol {protocol.name!r} shows the judge a reference, but there is no column "
+            f"{column!r} (reward.pairwise.reference); its columns are {', '.join(prompts.prompts[0].columns)}"
+        )
+    for prompt in prompts.prompts:
+        if not reference_texts(prompt.columns.get(column)):
+            raise InputError(
+                f"{config.data.train}, row {prompt.row}: the reference (column {column!r}) is missing or empty"
+            )
+
+
+def check_pairwise_judge(evaluator: Evaluator, config: Config) -> None:
+    """Refuse at the start an evaluator that cannot tell the protocol's labels apart."""
+    pairs = config.reward.pairwise or PairwiseRewardConfig()
+    try:
+        PairwiseJudge([evaluator], load_protocol(pairs.protocol))
+    except ConnectionError as error:
+        raise InputError(f"evaluator {evaluator.name!r}: {error}") from None
 
 
 def adopt(reward: MetaReward, specs: list[EvaluatorConfig], trainer: Any) -> None:

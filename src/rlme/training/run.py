@@ -21,7 +21,15 @@ from rlme.evaluators.build import STYLES, check_evaluator, make_judging, make_qu
 from rlme.evaluators.local import LocalEvaluator
 from rlme.judging import check_templates
 from rlme.models import load_model, load_tokenizer
-from rlme.training.build import adopt, load_prompts, make_evaluator, make_reward, training_dataset
+from rlme.training.build import (
+    adopt,
+    check_pairwise,
+    check_pairwise_judge,
+    load_prompts,
+    make_evaluator,
+    make_reward,
+    training_dataset,
+)
 from rlme.training.callbacks import Interrupt, MassWarning
 from rlme.training.display import Display
 from rlme.training.recorder import Recorder
@@ -44,15 +52,18 @@ def train(config: Config, console: Console, *, resume: RunFolder | None = None) 
         if part is not None and main:
             for line in part.report.sentences():
                 console.print(f"{name}: {line}", markup=False, highlight=False)
-    if config.reward.mode != "rlme" or config.reward.anchor > 0:
+    if "rlvr" in config.reward.mode or config.reward.anchor > 0:
         prompts.require_gold()
+    pairwise = config.reward.mode == "pairwise"
+    if pairwise:
+        check_pairwise(config, prompts)
     questions, judging = make_questions(config.questions), make_judging(config.judging)
     check_templates(questions, judging, list(prompts.prompts[0].columns))
     folder = resume or RunFolder(config.folder)
     arguments = trl_arguments(config, folder, processes=int(os.environ.get("WORLD_SIZE", "1")))
     with console.status(f"loading {config.model.path}"):
         model = load_model(config.model.path, dtype=config.model.dtype, **loading)
-    specs = config.evaluators if questions else []
+    specs = config.evaluators if questions or pairwise else []
     deferred = {"live"} | ({"frozen"} if config.lora else set())
     with console.status("loading the evaluators"):
         evaluators = [str(s.model) if s.model in deferred else make_evaluator(s, config) for s in specs]
@@ -63,7 +74,10 @@ def train(config: Config, console: Console, *, resume: RunFolder | None = None) 
             if isinstance(evaluator, str)
             else evaluator
         )
-        check_evaluator(asked, questions, judging)
+        if pairwise:
+            check_pairwise_judge(asked, config)
+        else:
+            check_evaluator(asked, questions, judging)
         if main and (found := getattr(asked, "summary", None)):
             console.print(found, markup=False, highlight=False)
     reward = make_reward(config, evaluators)
