@@ -166,7 +166,6 @@ def write_run(
             "grad_norm": 0.3 + world.draw.random() * fade,
             "learning_rate": learning_rate,
             "entropy": 0.2 + fade,
-            "kl": 0.02 * (1 - fade),
             "clip_ratio": 0.0,
             **{f"time/{stage}": value for stage, value in seconds.items()},
             "time/other": 0.2,
@@ -182,7 +181,7 @@ def write_run(
         heldout: dict[str, float] = {}
         if step % eval_every == 0 or step == steps:
             metrics, heldout = measure(step)
-            record |= metrics
+            record |= {**metrics, "eval/kl_to_start": 0.02 * (1 - fade)}
         if sentence := alarm.update(step, record.get("reward"), heldout):
             record["alarm"] = sentence
         folder.append_metrics(record)

@@ -117,7 +117,7 @@ def test_without_gold_gold_is_absent_not_zero(tmp_path: Path) -> None:
     assert not [key for key in run.keys if "gold" in key]
     assert "Gold accuracy" not in [chart.title for chart in charts(run)]
     assert not [tile for tile in tiles(run) if "gold" in tile.label]
-    assert "Best checkpoint by judge/qwen/concise/probability" in " ".join(f.text for f in findings(run))
+    assert "Best checkpoint by question 'concise' by qwen" in " ".join(f.text for f in findings(run))
     assert all(row["correct"] is None for group in choose(run).groups for row in group["rows"])
 
 
@@ -269,6 +269,27 @@ def test_watch_shows_a_run_again_when_it_has_grown(tmp_path: Path, monkeypatch: 
     assert text.count("step 1, Ctrl-C ends the view") == 1
     assert text.count("step 2, Ctrl-C ends the view") == 1
     assert "The last line of metrics.jsonl is cut off" in text
+
+
+def test_a_small_screen_says_what_it_leaves_out_and_no_number_is_cut(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = Console(file=StringIO(), width=80)
+    print_overview(run_folder, console)
+    assert "…" not in console.file.getvalue()  # type: ignore[attr-defined]
+    for name in ("config.yaml", "metrics.jsonl"):
+        text = (run_folder / name).read_text().replace("steps: 60", "steps: 61")
+        (tmp_path / name).write_text(text)
+
+    def sleep(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rlme.report.terminal.time.sleep", sleep)
+    small = Console(file=StringIO(), width=80, height=24, force_terminal=True, legacy_windows=False)
+    watch(tmp_path, every=0.5, once=False, console=small)
+    assert re.search(r"\d+ more lines in a taller terminal", small.file.getvalue())  # type: ignore[attr-defined]
+    monkeypatch.setattr("rlme.report.terminal.time.sleep", lambda seconds: pytest.fail("the run is over"))
+    watch(run_folder, every=0.5, once=False, console=small)
 
 
 def test_a_run_cannot_drive_the_terminal(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from rlme import InputError
 from rlme.cli import main
 from rlme.commands import find_config, read_config
+from rlme.key_values import KeyValues
 from tests.tiny_runs import PROMPTS, read_metrics, read_rollouts, write_config, write_jsonl
 
 
@@ -85,6 +86,23 @@ def test_frozen_does_not_move_and_live_does(tiny_policy_dir: Path, tmp_path: Pat
     first, *_, last = read_metrics(tmp_path / "run")
     assert first["judge/live/correct/score"] == pytest.approx(first["judge/frozen/correct/score"], abs=1e-5)
     assert abs(last["judge/live/correct/score"] - last["judge/frozen/correct/score"]) > 1e-3
+
+
+def test_live_judging_does_not_compute_again_what_sampling_did(
+    tiny_policy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = []
+    for name, limit in (("reused", 1 << 30), ("computed", 0)):
+        monkeypatch.setattr("rlme.training.trainer.KeyValues", lambda limit=limit: KeyValues(limit))
+        (tmp_path / name).mkdir()
+        judging = {"template": "paper", "readout": "marker"}
+        train(str(write_config(tmp_path / name, tiny_policy_dir, judging=judging)))
+        runs.append(read_metrics(tmp_path / name / "run"))
+    for reused, computed in zip(*runs, strict=True):
+        assert reused["tokens/judged"] < computed["tokens/judged"]
+        for key, value in computed.items():
+            if not key.startswith(("time", "tokens", "memory")):
+                assert reused[key] == pytest.approx(value, abs=1e-4), key
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -164,6 +182,24 @@ def test_held_out_prompts_are_measured_and_never_trained_on(tiny_policy_dir: Pat
     assert [m["step"] for m in metrics if "eval/gold/accuracy" in m] == [0, 2, 3]
     assert all("Held out" in r["prompt"] for r in read_rollouts(tmp_path / "run", "eval"))
     assert not any("Held out" in r["prompt"] for r in read_rollouts(tmp_path / "run"))
+
+
+def test_the_distance_from_the_start_is_the_kl_on_its_own_answers(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    held = write_jsonl(tmp_path / "held.jsonl", [{"question": f"Held out {i}?", "answer": "#### 1"} for i in range(5)])
+    config = write_config(
+        tmp_path, tiny_policy_dir, data={"eval": str(held)}, train={"steps": 2, "eval_every": 1, "learning_rate": 1e-2}
+    )
+    train(str(config))
+    measured = {m["step"]: m["eval/kl_to_start"] for m in read_metrics(tmp_path / "run")}
+    assert measured[0] == 0 and measured[2] > 1e-4
+    lines = [json.loads(line) for line in (tmp_path / "run" / "eval" / "start.jsonl").read_text().splitlines()]
+    assert len(lines) == 5
+    model, terms = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final"), []
+    for prompt, answer, before in lines:
+        logps = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        now = logps[range(len(answer)), answer].tolist()
+        terms += [math.exp(b - a) - 1 - (b - a) for a, b in zip(before, now, strict=True)]
+    assert measured[2] == pytest.approx(sum(terms) / len(terms), rel=1e-3)
 
 
 def test_measuring_changes_nothing(tiny_policy_dir: Path, tmp_path: Path) -> None:

@@ -165,6 +165,15 @@ def charts(run: Run) -> list[Chart]:
             share=True,
         ),
         Chart(
+            "Entropy and distance from the start",
+            "nats per token; distance: KL between the starting model and now",
+            [
+                *_series(run, "entropy", "entropy", group=0),
+                *_series(run, "kl", "distance, training batch", group=1),
+                *_series(run, "eval/kl_to_start", "distance, held-out prompts", group=1, points=True),
+            ],
+        ),
+        Chart(
             "Label mass",
             "probability an evaluator puts on any of the labels",
             [s for i, (name, keys) in enumerate(mass.items()) for s in _mean(run, keys, name, i)],
@@ -181,8 +190,6 @@ def charts(run: Run) -> list[Chart]:
         ),
     ]
     optimiser = {
-        "entropy": "nats per token",
-        "kl": "to the starting model",
         "grad_norm": "before clipping",
         "loss": "",
         "learning_rate": "",
@@ -248,7 +255,7 @@ def tiles(run: Run) -> list[Tile]:
         step = best_step(measured)
         last = measured[max(measured)]
         if step is not None:
-            label = "gold, held-out" if key == GOLD else f"{key.split('/')[1]}, held-out"
+            label = f"{'gold' if key == GOLD else key.split('/')[-2]}, held-out"
             result.append(Tile(label, short(last), f"best {short(measured[step])} at step {step}"))
     if pair := start_and_now(run, "completions/mean_tokens"):
         result.append(Tile("answer tokens", short(pair[1]), f"at the start {short(pair[0])}"))
@@ -274,7 +281,8 @@ def findings(run: Run) -> list[Finding]:
         key, measured = best
         step = best_step(measured)
         if step is not None:
-            what = "gold accuracy" if key == GOLD else key
+            _, *evaluator, question, _ = key.split("/") if key != GOLD else ("", "", "", "")
+            what = "gold accuracy" if key == GOLD else f"question {question!r} by {'/'.join(evaluator)}"
             said.append(
                 Finding(
                     "info",

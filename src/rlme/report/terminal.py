@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.columns import Columns
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
-from rich.panel import Panel
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -21,6 +20,8 @@ from rlme.report.run import Run, read_run
 STYLES = {"bad": "bold red", "warn": "yellow", "good": "green", "info": "cyan"}
 WORDS = {"bad": "Alarm", "warn": "Look", "good": "Fine", "info": "Note"}
 BARS = "▁▂▃▄▅▆▇█"
+NUMBER = 7
+"""Characters of a number in a table: -0.0123, 123,456."""
 
 
 def plain(text: str) -> str:
@@ -50,35 +51,41 @@ def overview(run: Run, *, width: int = 120) -> RenderableType:
     for finding in [*findings(run)]:
         parts.append(Text.assemble((f"{WORDS[finding.level]}  ", STYLES[finding.level]), plain(finding.text)))
     parts += [Text.assemble(("Note  ", STYLES["info"]), plain(text)) for text in run.missing]
-    boxes = [
-        Panel(Text.assemble((tile.value, "bold"), f"\n{tile.note}" if tile.note else ""), title=tile.label, width=26)
+    numbers = [
+        Text.assemble((f"{tile.label} ", "dim"), (tile.value, "bold"), (f" ({tile.note})" if tile.note else "", "dim"))
         for tile in tiles(run)
     ]
-    if boxes:
-        parts.append(Columns(boxes))
+    if numbers:
+        parts.append(Text(" · ", style="dim").join(numbers))
     shown = charts(run)
     if shown:
-        parts.append(_curves(shown, max(12, min(60, width - 78))))
+        parts += [Text(), _curves(shown, width)]
     if total := _totals(run):
         parts.append(total)
     return Group(*parts)
 
 
 def _curves(shown: list[Chart], width: int) -> Table:
-    table = Table(box=None, padding=(0, 1), header_style="dim")
-    for name in ("curve", "", "first", "last", "lowest", "highest"):
-        table.add_column(name, justify="left" if name in ("curve", "") else "right", no_wrap=True)
+    """One row a curve. Names wrap and the line shrinks, down to 80 columns, so that no number is ever cut off."""
+    named = max(len(series.name) for chart in shown for series in chart.series if not chart.minor) + 2
+    names = min(named, max(16, width - 4 * NUMBER - 5 - 16))
+    line = max(4, min(60, width - names - 4 * NUMBER - 5))
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
+    table.add_column("curve", width=names)
+    table.add_column("", width=line, no_wrap=True)
+    for name in ("first", "last", "lowest", "highest"):
+        table.add_column(name, justify="right", width=NUMBER, no_wrap=True)
     for chart in shown:
         if chart.minor:
             continue
         table.add_row(Text(plain(chart.title), style="bold"))
         for series in chart.series:
-            numbers = (series.values[0], series.values[-1], min(series.values), max(series.values))
+            values = (series.values[0], series.values[-1], min(series.values), max(series.values))
             mark = "● " if series.points else "  "
             table.add_row(
                 Text(mark + plain(series.name)),
-                Text(sparkline(series, width), style="blue" if not series.dashed else "green"),
-                *(short(n) for n in numbers),
+                Text(sparkline(series, line), style="blue" if not series.dashed else "green"),
+                *(short(value) for value in values),
             )
     return table
 
@@ -111,8 +118,25 @@ def write_numbers(folder: Path, path: Path) -> None:
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+@dataclass
+class Fit:
+    """As much of something as the screen has lines, and a sentence when that is not all."""
+
+    what: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = console.render_lines(self.what, options, pad=False)
+        room = max(2, console.height - 1)
+        cut = len(lines) > room
+        for line in lines[: room - 1] if cut else lines:
+            yield from line
+            yield Segment.line()
+        if cut:
+            yield Text(f"{len(lines) - room + 1} more lines in a taller terminal, or with --once", style="dim italic")
+
+
 def watch(folder: Path, *, every: float, once: bool, console: Console | None = None) -> None:
-    """Show a run, and show it again whenever its metrics have grown, until Ctrl-C (or the last planned step)."""
+    """Show a run, and show it again whenever its metrics have grown, until its last planned step or Ctrl-C."""
     console = console or Console()
     if once or not console.is_terminal:
         print_overview(folder, console)
@@ -124,8 +148,11 @@ def watch(folder: Path, *, every: float, once: bool, console: Console | None = N
             if size != seen:
                 seen = size
                 run = read_run(folder)
+                planned = run.section("train").get("steps")
+                if isinstance(planned, int) and run.steps >= planned:
+                    break
                 title = Text.assemble((plain(run.name), "bold"), f"  step {run.steps}, Ctrl-C ends the view\n")
-                live.update(Group(title, overview(run, width=console.width)), refresh=True)
+                live.update(Fit(Group(title, overview(run, width=console.width))), refresh=True)
             try:
                 time.sleep(every)
             except KeyboardInterrupt:

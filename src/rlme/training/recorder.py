@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from rlme.data import PromptSet
 from rlme.reward import Row, judgement_metrics
+from rlme.training.drift import Drift
 from rlme.training.monitors import Alarm, batch_monitors, best_metric, best_step, replay
 from rlme.training.run_folder import RunFolder
 from rlme.training.trainer import RLMETrainer
@@ -57,6 +58,7 @@ class Recorder(TrainerCallback):
         self.load_seconds = load_seconds
         self.on_step = on_step
         self.alarm = Alarm(prompts=len(held_out) if held_out is not None else 1)
+        self.drift = Drift(folder.eval / "start.jsonl")
         self.measured: dict[int, float] = {}
         """Step -> the held-out number that the best checkpoint is chosen by."""
         self.rows: list[Row] = []
@@ -78,6 +80,8 @@ class Recorder(TrainerCallback):
         replay(self.alarm, lines, self._held_out_names())
         for line in lines:
             self._note_best(line)
+        if state.global_step > 0:
+            self.drift.load(self.trainer)
         if state.global_step == 0 and self.held_out is not None:
             self._write({"step": 0, "time/load": self.load_seconds, **self.measure(0)}, [])
         self._step_started = time.perf_counter()
@@ -190,6 +194,8 @@ class Recorder(TrainerCallback):
         world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
         mine = self.held_out.prompts[rank::world]
         rows: list[Row] = []
+        asked: list[list[int]] = []
+        answered: list[list[int]] = []
         batch = trainer.args.per_device_train_batch_size
         state = torch.get_rng_state()
         for start in range(0, len(mine), batch):
@@ -205,7 +211,8 @@ class Recorder(TrainerCallback):
                 {"prompt": prompt} | {name: values[i] for name, values in columns.items()}
                 for i, prompt in enumerate(prompts)
             ]
-            _, ids, _, completions, *_ = trainer._generate(prompts)
+            prompt_ids, ids, _, completions, *_ = trainer._generate(prompts)
+            asked, answered = asked + prompt_ids, answered + ids
             trainer.upcoming = None
             trainer.reward.score(
                 prompts, completions, ids, trainer=trainer, columns=columns, enforce_failure_rate=False
@@ -213,6 +220,9 @@ class Recorder(TrainerCallback):
             for prompt, row, cut in zip(part, trainer.reward.rows, trainer._truncated, strict=True):
                 rows.append(row | {"prompt_index": prompt.index, "sample": 0, "truncated": cut, "advantage": None})
         torch.set_rng_state(state)
+        if step == 0:
+            self.drift.begin(trainer, asked, answered)
+        moved = self.drift.measure(trainer)
         trainer.model.train(training)
         metrics.clear()
         trainer.timings, trainer.counts = timings, counts
@@ -224,6 +234,8 @@ class Recorder(TrainerCallback):
         if rewards:
             record["reward"] = math.fsum(rewards) / len(rewards)
         record["completions/mean_tokens"] = sum(r["tokens"] for r in rows) / len(rows)
+        if moved is not None:
+            record["kl_to_start"] = moved
         result = {f"eval/{key}": value for key, value in record.items()}
         result["time/measure"] = time.perf_counter() - started
         return result
