@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Ma
 from trl.kernels import ChunkedLogProbFunction
 
 from rlme import scoring
+from rlme.key_values import KeyValues
 from rlme.lm_head import LMHead, _BlockedLogProbs
+from rlme.sampling import sample
 from rlme.scoring import completion_logps, continuation_logprobs, plan_rows
 from rlme.tree_attention import TreeInputs, install, tree_unsupported_reason
 
@@ -362,3 +364,54 @@ def test_a_scaled_head_is_scaled(llama):
     assert found.tolist() == pytest.approx(
         [expected[0, 4].item(), expected[0, 5].item(), expected[2, 6].item()], abs=1e-5
     )
+
+
+# -- keys and values that sampling computed --
+
+
+def sampled_requests(model, seed=3):
+    """Completions with what the cache held, and questions after them: after the whole text, a part of it, another."""
+    known = KeyValues()
+    prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[2]]
+    groups = sample(model, prompts, [3, 1, 2], max_new_tokens=12, eos_token_ids=range(30, 80), seed=seed, keep=known)
+    answers = [[*p, *one.ids] for p, group in zip(prompts, groups, strict=True) for one in group]
+    answers += [[*answers[0][:-2], 7, 8], [*PROMPTS[3], 9], [*PROMPTS[0]]]
+    contexts = [[*a, *tokens(4, 99 + k)] for a in answers for k in range(3)] + answers
+    return known, contexts, [[[33], [34, 35]] for _ in contexts]
+
+
+@pytest.mark.parametrize("budget", [10_000, 40])
+def test_what_sampling_computed_is_not_computed_again(tiny_model_dirs, budget):
+    for name in ("llama", "qwen2", "qwen3"):
+        model = AutoModelForCausalLM.from_pretrained(tiny_model_dirs[name])
+        known, contexts, continuations = sampled_requests(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            reused, few = continuation_logprobs(model, contexts, continuations, token_budget=budget, known=known)
+        whole, many = continuation_logprobs(model, contexts, continuations, token_budget=budget)
+        for row, expected in zip(reused, whole, strict=True):
+            assert row == pytest.approx(expected, abs=1e-4)
+        assert few < many
+        if budget == 10_000:  # three questions of 4 tokens and the first token of the second label; little else
+            assert few < 9 * 3 * 5 + 30
+
+
+def test_stale_keys_and_values_are_noticed(tiny_model_dirs):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dirs["llama"])
+    known, contexts, continuations = sampled_requests(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    with pytest.warns(UserWarning, match="not reused"):
+        values, _ = continuation_logprobs(model, contexts, continuations, known=known)
+    for row, expected in zip(values, continuation_logprobs(model, contexts, continuations)[0], strict=True):
+        assert row == pytest.approx(expected, abs=1e-4)
+
+
+def test_sliding_windows_and_a_full_store_hold_nothing(tiny_model_dirs):
+    known, _, _ = sampled_requests(AutoModelForCausalLM.from_pretrained(tiny_model_dirs["gemma3"]))
+    assert known.tokens == 0
+    small = KeyValues(limit=1)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dirs["llama"])
+    sample(model, [PROMPTS[0]], 2, max_new_tokens=4, eos_token_ids=[2], keep=small)
+    assert small.tokens == 0

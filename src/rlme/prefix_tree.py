@@ -105,23 +105,55 @@ def build_row(sequences: Sequence[Sequence[int]]) -> TreeRow:
     return TreeRow(np.array(tokens, np.int64), np.array(positions, np.int64), paths, runs)
 
 
-def plan_packs(sequences: Sequence[Sequence[int]], token_budget: int) -> list[list[int]]:
+def without_known(row: TreeRow, known: Sequence[Ints], held: int) -> TreeRow:
+    """The row without the tokens whose keys and values are held elsewhere.
+
+    `known[i]`: indices, below `held`, of the first tokens of sequence i; its other tokens are computed. In the
+    result, runs and paths index what is held followed by the row.
+    """
+    where = np.full(len(row.tokens), -1)
+    for path, places in zip(row.paths, known, strict=True):
+        where[path[: len(places)]] = places
+    for path, places in zip(row.paths, known, strict=True):
+        where[path[len(places) :]] = -1  # what one sequence wants computed is, whatever another one knows
+    new = where < 0
+    where[new] = held + np.arange(int(new.sum()))
+    runs = []
+    for run in row.runs:
+        skipped = int((~new[run.start : run.stop]).sum())  # what is known of a sequence is its beginning
+        if run.start + skipped < run.stop:
+            start = int(where[run.start + skipped])
+            stop = int(where[run.stop - 1]) + 1
+            runs.append(Run(start, stop, run.shared + skipped, where[run.path]))
+    return TreeRow(row.tokens[new], row.positions[new], [where[path] for path in row.paths], runs)
+
+
+def plan_packs(
+    sequences: Sequence[Sequence[int]], token_budget: int, known: Sequence[int] | None = None
+) -> list[list[int]]:
     """Split sequences into packs whose rows hold at most `token_budget` tokens each.
 
-    Returns lists of indices into `sequences`, in an order where neighbours share most. A pack that is full is
-    cut where the least is shared, hence between groups rather than inside one; the part shared across a cut
-    is computed once on each side. A single sequence longer than the budget gets a pack of its own.
+    `known[i]`: how many of the first tokens of sequence i need no computing. Returns lists of indices into
+    `sequences`, in an order where neighbours share most. A pack that is full is cut where the least is shared,
+    hence between groups rather than inside one; the part shared across a cut is computed once on each side. A
+    single sequence longer than the budget gets a pack of its own.
     """
     if token_budget < 1:
         raise ValueError(f"token_budget is {token_budget}, expected at least 1")
     order = sorted(range(len(sequences)), key=lambda i: tuple(sequences[i]))
     shared = [0] + [shared_length(sequences[a], sequences[b]) for a, b in pairwise(order)]
+    free = known or [0] * len(sequences)
+
+    def cost(place: int, below: int) -> int:
+        i = order[place]
+        return len(sequences[i]) - max(below, free[i])
+
     packs: list[list[int]] = []
     start = 0
     while start < len(order):
-        used, stop = len(sequences[order[start]]), start + 1
-        while stop < len(order) and used + len(sequences[order[stop]]) - shared[stop] <= token_budget:
-            used += len(sequences[order[stop]]) - shared[stop]
+        used, stop = cost(start, 0), start + 1
+        while stop < len(order) and used + cost(stop, shared[stop]) <= token_budget:
+            used += cost(stop, shared[stop])
             stop += 1
         if stop < len(order):
             least = min(shared[start + 1 : stop + 1])
@@ -151,14 +183,14 @@ def plan_tiles(runs: Sequence[Run]) -> list[Tile]:
             if tiles:
                 last = tiles[-1]
                 queries, keys, new = last.stop - last.start, len(last.keys), stop - start
+                both = np.union1d(last.keys, piece.path)
                 merged = queries + new <= MAX_TILE_QUERIES and (
-                    cost(queries + new, keys + new) <= cost(queries, keys) + cost(new, depth)
+                    cost(queries + new, len(both)) <= cost(queries, keys) + cost(new, depth)
                 )
                 if merged:
-                    both = np.concatenate([last.keys, np.arange(start, stop)])
                     tiles[-1] = Tile(last.start, stop, both, (*last.runs, piece))
                     continue
-            tiles.append(Tile(start, stop, piece.path, (piece,)))
+            tiles.append(Tile(start, stop, np.unique(piece.path), (piece,)))
     return tiles
 
 

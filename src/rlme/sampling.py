@@ -30,6 +30,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
+from rlme.key_values import KeyValues
 from rlme.tree_attention import causal_lm, device_of, evaluating
 
 BLOCK = 256  # tokens of the vocabulary whose probabilities are summed first when one is drawn
@@ -70,6 +71,7 @@ def sample(
     dtype: torch.dtype | None = None,
     max_rows: int = 256,
     on_finished: Callable[[int, int, Sampled], None] | None = None,
+    keep: KeyValues | None = None,
 ) -> list[list[Sampled]]:
     """Draw `n` (or `n[i]`) completions for each prompt.
 
@@ -78,7 +80,8 @@ def sample(
     completion). Temperature 0 is greedy and equals `generate`.
 
     `dtype` (bfloat16, say) runs on cast weights, held beside the model's own for the length of the call. At
-    most `max_rows` completions are written at once. Dropout is off.
+    most `max_rows` completions are written at once. Dropout is off. `keep` takes the keys and values of what was
+    read and written, where the cache holds them whole (not for sliding windows).
 
     `on_finished(prompt, completion, sampled)` is called as soon as nothing will be added to a completion, while others
     are still written.
@@ -117,6 +120,7 @@ def sample(
                 eos=eos,
                 stop=stop,
                 on_finished=finished,
+                keep=keep,
             )
     return results
 
@@ -170,6 +174,7 @@ def _sample_batch(
     eos: Tensor,
     stop: StopStringCriteria | None,
     on_finished: Callable[[int], None],
+    keep: KeyValues | None,
 ) -> None:
     """Complete R rows together, into `results`. `noise[R, max_new_tokens]` is uniform in [0, 1)."""
     device = device_of(model)
@@ -197,6 +202,15 @@ def _sample_batch(
 
     rows = torch.arange(len(prompts), device=device)  # the row of `results` that each row of the batch writes
     active = torch.ones_like(rows, dtype=torch.bool)
+    if any(type(layer) is not _RoomyLayer for layer in cache.layers):
+        keep = None
+
+    def hold(leaving: Tensor) -> None:
+        """Keep the keys and values of these rows of the batch; their last token was never read."""
+        if keep is not None:
+            members = [(b, int(rows[b])) for b in leaving.tolist()]
+            keep.hold(cache.layers, [(b, prompts[row], results[row].ids[:-1]) for b, row in members], longest)
+
     for step in range(noise.shape[1]):
         tokens, logprobs = _draw(
             processors(cast(torch.LongTensor, ids), logits.float()), noise[rows, step], greedy=greedy
@@ -216,11 +230,13 @@ def _sample_batch(
         active &= ~ended
         count = int(active.sum())
         if count == 0 or step + 1 == noise.shape[1]:
+            hold(torch.arange(len(rows)))
             return
         if count <= COMPACT_BELOW * len(rows):
-            keep = active.nonzero()[:, 0]
-            cache.batch_select_indices(keep)
-            rows, active, ids, mask, positions = (x[keep] for x in (rows, active, ids, mask, positions))
+            hold((~active).nonzero()[:, 0])
+            stay = active.nonzero()[:, 0]
+            cache.batch_select_indices(stay)
+            rows, active, ids, mask, positions = (x[stay] for x in (rows, active, ids, mask, positions))
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         logits = model(
             input_ids=ids[:, -1:],

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlme.key_values import KeyValues
 from rlme.lm_head import LMHead
 from rlme.prefix_tree import Ints, plan_packs, shared_length
 from rlme.tree_attention import TreeInputs, causal_lm, device_of, evaluating, install, tree_unsupported_reason
@@ -30,6 +31,7 @@ TOLERANCE = 1e-3  # float32: largest difference of a token's log-probability, in
 LOW_PRECISION_TOLERANCE = 0.1  # bfloat16, float16, autocast: mean difference
 
 _checked: WeakKeyDictionary[PreTrainedModel, dict[bool, str | None]] = WeakKeyDictionary()
+_reusable: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +63,17 @@ def _hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
     return found[-1]
 
 
-def _forward(model: nn.Module, sequences: Sequence[Sequence[int]], *, share: bool) -> Forward:
+def _forward(
+    model: nn.Module,
+    sequences: Sequence[Sequence[int]],
+    *,
+    share: bool,
+    known: KeyValues | None = None,
+    places: Sequence[Ints] = (),
+) -> Forward:
     device = device_of(causal_lm(model))
     if share:
-        tree = TreeInputs(sequences, device)
+        tree = TreeInputs(sequences, device, known, places)
         return Forward(_hidden_states(model, **tree.kwargs)[0], tree.paths, tree.tokens)
     longest = max(map(len, sequences))
     ids = np.zeros((len(sequences), longest), np.int64)
@@ -81,10 +90,12 @@ def _forward(model: nn.Module, sequences: Sequence[Sequence[int]], *, share: boo
     return Forward(hidden.flatten(0, 1), paths, ids.size)
 
 
-def _packs(sequences: Sequence[Sequence[int]], token_budget: int, *, share: bool) -> list[list[int]]:
+def _packs(
+    sequences: Sequence[Sequence[int]], token_budget: int, *, share: bool, known: Sequence[int] | None = None
+) -> list[list[int]]:
     """Indices of the sequences of each forward pass; padded batches hold rows of similar length."""
     if share:
-        return plan_packs(sequences, token_budget)
+        return plan_packs(sequences, token_budget, known)
     packs: list[list[int]] = []
     for i in sorted(range(len(sequences)), key=lambda i: len(sequences[i])):
         if packs and (len(packs[-1]) + 1) * len(sequences[i]) <= token_budget:
@@ -102,6 +113,7 @@ def continuation_logprobs(
     *,
     token_budget: int = 8192,
     share: bool = True,
+    known: KeyValues | None = None,
 ) -> tuple[list[list[float]], int]:
     """Log-probability of each continuation after its context, and the number of tokens computed.
 
@@ -110,6 +122,9 @@ def continuation_logprobs(
     the model yields no finite logits it is NaN. Contexts that share prefixes (identical ones, questions about
     one answer, a question after another one's answer) are computed once; a single-token continuation costs no
     token.
+
+    `known`: keys and values that this model, with these weights and in this dtype, has computed before (when it
+    sampled): what the contexts begin with is taken from there where prefixes can be shared.
 
     Memory is bounded by `token_budget` tokens in one forward pass (a single longer context excepted). Dropout
     is off. Raises `ValueError` for an empty context or continuation.
@@ -131,14 +146,26 @@ def continuation_logprobs(
     computed = 0
     with evaluating(model):
         share = share and _may_share(model, sequences, gradient=False)
+        places: list[Ints] = [np.empty(0, np.int64)] * len(sequences)
+        if known is not None and not (known.tokens and share):
+            known = None
+        if known is not None:
+            # The last token of a context has to be computed: its hidden state is what the head reads.
+            first_read = [min(len(contexts[asked[a][0]]) for a in readers[n]) - 1 for n in range(len(sequences))]
+            places = [p[:end] for p, end in zip(known.find(sequences), first_read, strict=True)]
+            longest = max(range(len(sequences)), key=lambda n: len(places[n]))
+            if not _may_reuse(model, sequences[longest], known, places[longest]):
+                known, places = None, [p[:0] for p in places]
         # The head reads the hidden states of all passes together: its weights are read (and cast) once.
         states: list[Tensor] = []
         rows: list[int] = []  # for each token of each continuation, the row of `states` before it
         targets: list[int] = []
         spans: list[tuple[int, int]] = []
         kept = 0
-        for pack in _packs(sequences, token_budget, share=share):
-            forward = _forward(model, [sequences[n] for n in pack], share=share)
+        for pack in _packs(sequences, token_budget, share=share, known=[len(p) for p in places]):
+            forward = _forward(
+                model, [sequences[n] for n in pack], share=share, known=known, places=[places[n] for n in pack]
+            )
             computed += forward.tokens
             reads: list[int] = []
             for n, path in zip(pack, forward.paths, strict=True):
@@ -251,6 +278,32 @@ def _may_share(model: nn.Module, sequences: Sequence[Sequence[int]], *, gradient
                 stacklevel=3,
             )
     return known[gradient] is None
+
+
+def _may_reuse(model: nn.Module, sequence: Sequence[int], known: KeyValues, places: Ints) -> bool:
+    """Whether held keys and values give what a whole pass gives: compared once for each model, on one sequence."""
+    inner = causal_lm(model)
+    if inner not in _reusable and len(places):
+        head = LMHead(inner)
+        logps = []
+        for held, where in ((None, places[:0]), (known, places)):
+            forward = _forward(model, [sequence], share=True, known=held, places=[where])
+            hidden = forward.hidden[forward.paths[0][len(places)] :]
+            # Any tokens serve for the comparison: those of the sequence's end.
+            rows = torch.arange(len(hidden))
+            logps.append(head.read(hidden, rows, torch.tensor(sequence[len(places) :])))
+        difference = (logps[0] - logps[1]).abs()
+        precise = inner.dtype == torch.float32 and not torch.is_autocast_enabled(known.device.type)
+        found = float(difference.max() if precise else difference.mean())
+        allowed = TOLERANCE if precise else LOW_PRECISION_TOLERANCE
+        _reusable[inner] = found <= allowed or not bool(logps[0].isfinite().all())
+        if not _reusable[inner]:
+            warnings.warn(
+                f"{type(inner).__name__}: keys and values from sampling are not reused for judging (correct, but "
+                f"slower): log-probabilities differ by {found:.3g} (at most {allowed} is rounding)",
+                stacklevel=3,
+            )
+    return _reusable.get(inner, True)
 
 
 def _sample(sequences: Sequence[Sequence[int]]) -> list[Sequence[int]]:

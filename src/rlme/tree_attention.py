@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,7 +21,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rlme.prefix_tree import Ints, Tile, batch_tiles, build_row, plan_tiles, tile_mask
+from rlme.key_values import KeyValues
+from rlme.prefix_tree import Ints, Tile, batch_tiles, build_row, plan_tiles, tile_mask, without_known
 
 PREFIX = "rlme_tree_"  # our attention over "sdpa" is registered as "rlme_tree_sdpa"
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
@@ -30,7 +31,7 @@ ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 class TileBatch:
     """N tiles padded to Lq queries and Lk keys: indices into the row, and masks per sliding window."""
 
-    def __init__(self, tiles: Sequence[Tile], positions: Ints, device: torch.device) -> None:
+    def __init__(self, tiles: Sequence[Tile], positions: Ints, held: int, device: torch.device) -> None:
         widest, longest = max(t.stop - t.start for t in tiles), max(len(t.keys) for t in tiles)
         queries = np.zeros((len(tiles), widest), np.int64)
         keys = np.zeros((len(tiles), longest), np.int64)
@@ -42,7 +43,7 @@ class TileBatch:
             allowed[i, :count, : len(tile.keys)] = tile_mask(tile)
             allowed[i, count:, 0] = True  # padded queries attend somewhere: a softmax over nothing is NaN
         self.shape = queries.shape[0], widest, longest
-        self.queries = torch.from_numpy(queries).to(device).flatten()
+        self.queries = torch.from_numpy(queries - held).clamp_(min=0).to(device).flatten()
         self.keys = torch.from_numpy(keys).to(device).flatten()
         self.allowed = torch.from_numpy(allowed).to(device)
         self.positions = tuple(torch.from_numpy(positions[index]).to(device) for index in (queries, keys))
@@ -65,24 +66,42 @@ class TileBatch:
 class TreeLayout:
     """What attention needs to know of a row: batches of tiles, and where in them each token's output lies."""
 
-    def __init__(self, tiles: Sequence[Tile], positions: Ints, device: torch.device) -> None:
+    def __init__(
+        self, tiles: Sequence[Tile], positions: Ints, device: torch.device, known: KeyValues | None = None
+    ) -> None:
+        self.known = known
+        held = 0 if known is None else known.tokens
         batches = batch_tiles(tiles)
-        self.batches = [TileBatch(batch, positions, device) for batch in batches]
-        origin = np.zeros(len(positions), np.int64)
+        self.batches = [TileBatch(batch, positions, held, device) for batch in batches]
+        origin = np.zeros(len(positions) - held, np.int64)
         offset = 0
         for batch, members in zip(self.batches, batches, strict=True):
             for tile in members:
-                origin[tile.start : tile.stop] = offset + np.arange(tile.stop - tile.start)
+                origin[tile.start - held : tile.stop - held] = offset + np.arange(tile.stop - tile.start)
                 offset += batch.shape[1]
         self.origin = torch.from_numpy(origin).to(device)
 
 
 class TreeInputs:
-    """Token sequences ready for one forward pass: `model(**inputs.kwargs)` computes one row of S tokens."""
+    """Token sequences ready for one forward pass: `model(**inputs.kwargs)` computes one row of S tokens.
 
-    def __init__(self, sequences: Sequence[Sequence[int]], device: torch.device) -> None:
+    `known`: keys and values that need no computing; `places[i]` says where those of the first tokens of sequence i
+    lie in it. `paths[i][t]` is negative for them: the pass has no hidden state of theirs.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequence[Sequence[int]],
+        device: torch.device,
+        known: KeyValues | None = None,
+        places: Sequence[Ints] = (),
+    ) -> None:
         row = build_row(sequences)
-        self.paths = row.paths
+        positions = row.positions
+        if known is not None:
+            row = without_known(row, places, known.tokens)
+            positions = np.concatenate([known.positions, row.positions])
+        self.paths = [path - (known.tokens if known else 0) for path in row.paths]
         self.tokens = len(row.tokens)
         self.kwargs: dict[str, Any] = {
             "input_ids": torch.from_numpy(row.tokens).to(device)[None],
@@ -90,7 +109,7 @@ class TreeInputs:
             # Transformers passes a 4D mask through as it is instead of building its own; the layout replaces
             # it.
             "attention_mask": torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device),
-            "tree_layout": TreeLayout(plan_tiles(row.runs), row.positions, device),
+            "tree_layout": TreeLayout(plan_tiles(row.runs), positions, device, known),
             "use_cache": False,
         }
 
@@ -107,9 +126,15 @@ def tree_attention(
 ) -> Tensor:
     """Attention of every token of a row over its ancestors and itself.
 
-    `query`[1, H, S, d], `key` and `value`[1, K, S, d] with K key-value heads -> [1, S, H, d].
+    `query`[1, H, S, d], `key` and `value`[1, K, S, d] with K key-value heads -> [1, S, H, d]. What the layout holds
+    besides comes first among the keys.
     """
     kind = query.device.type
+    if layout.known is not None:
+        key, value = (
+            torch.cat([held.to(new.dtype).transpose(0, 1)[None], new], dim=2)
+            for held, new in zip(layout.known.layer(cast(int, module.layer_idx)), (key, value), strict=True)
+        )
     # Rotary embeddings leave queries and keys in float32; under autocast attention computes in its dtype anyway.
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     query, key, value = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # [S, heads, d]

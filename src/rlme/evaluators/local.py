@@ -11,6 +11,7 @@ import torch
 
 from rlme.errors import InputError
 from rlme.judgement import Answer, Failure, Message, Request
+from rlme.key_values import KeyValues
 from rlme.models import has_chat_template
 from rlme.sampling import sample
 from rlme.scoring import continuation_logprobs
@@ -37,6 +38,7 @@ class LocalEvaluator:
         token_budget: int = 8192,
         share: bool = True,
         max_context_tokens: int | None = None,
+        known: Callable[[], KeyValues | None] | None = None,
     ) -> None:
         self.name = name
         self.tokenizer = tokenizer
@@ -49,6 +51,8 @@ class LocalEvaluator:
         self.token_budget = token_budget
         self.share = share
         self.max_context_tokens = max_context_tokens
+        self.known = known
+        """Gives the keys and values that the model has computed before, with the weights it has now."""
         self.tokens_computed = 0
         """Tokens that went through the model so far; less than the tokens asked about wherever prefixes are shared."""
         self._model: ModelContext = model if not hasattr(model, "config") else lambda: _borrowed(model)
@@ -73,6 +77,7 @@ class LocalEvaluator:
                 [wanted[i] for i in fits],
                 token_budget=self.token_budget,
                 share=self.share,
+                known=self.known() if self.known else None,
             )
         self.tokens_computed += computed
         answers = [

@@ -14,11 +14,22 @@ import torch
 from trl.models import unwrap_model_for_generation
 
 from rlme.evaluators.local import LocalEvaluator
+from rlme.key_values import KeyValues
+from rlme.sampling import weights_in
 
 
 def live_evaluator(trainer: Any, *, name: str = "live", **options: Any) -> LocalEvaluator:
-    """The trainer's model as it is now. `trainer` is any TRL `GRPOTrainer`."""
-    return LocalEvaluator(lambda: _policy(trainer, adapter=True), trainer.processing_class, name=name, **options)
+    """The trainer's model as it is now. `trainer` is any TRL `GRPOTrainer`; where ours has just sampled with these
+    weights, keys and values of prompts and completions are not computed again."""
+
+    def known() -> KeyValues | None:
+        found: KeyValues | None = getattr(trainer, "key_values", None)
+        return found
+
+    def policy() -> Any:
+        return _policy(trainer, adapter=True, as_sampled=known() is not None)
+
+    return LocalEvaluator(policy, trainer.processing_class, name=name, known=known, **options)
 
 
 def frozen_adapter_evaluator(trainer: Any, *, name: str = "frozen", **options: Any) -> LocalEvaluator:
@@ -27,7 +38,8 @@ def frozen_adapter_evaluator(trainer: Any, *, name: str = "frozen", **options: A
 
 
 @contextmanager
-def _policy(trainer: Any, *, adapter: bool) -> Iterator[Any]:
+def _policy(trainer: Any, *, adapter: bool, as_sampled: bool = False) -> Iterator[Any]:
+    """`as_sampled`: in bfloat16 as the sampler computes it (cast weights); else as the loss does (autocast)."""
     with unwrap_model_for_generation(
         trainer.model_wrapped, trainer.accelerator, gather_deepspeed3_params=trainer.args.ds3_gather_for_generation
     ) as model:
@@ -35,8 +47,13 @@ def _policy(trainer: Any, *, adapter: bool) -> Iterator[Any]:
         model.eval()
         off = nullcontext() if adapter else model.disable_adapter()
         bf16 = trainer.args.bf16 and model.dtype == torch.float32
+        cast = weights_in(model, torch.bfloat16 if bf16 and as_sampled else None)
         try:
-            with off, torch.autocast(trainer.accelerator.device.type, torch.bfloat16, enabled=bf16):
+            with (
+                off,
+                cast,
+                torch.autocast(trainer.accelerator.device.type, torch.bfloat16, enabled=bf16 and not as_sampled),
+            ):
                 yield model
         finally:
             model.train(training)

@@ -22,6 +22,7 @@ from torch.nn.functional import pad
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
+from rlme.key_values import KeyValues
 from rlme.reward import MetaReward, Row
 from rlme.sampling import Sampled, sample
 from rlme.scoring import completion_logps, plan_rows
@@ -36,7 +37,7 @@ class RLMETrainer(GRPOTrainer):
     """GRPO with a reward made of questions (RLME sec. 3; eqs. 3, 5, 7, 8).
 
     Args:
-        reward: the `MetaReward`; it is TRL's only reward function.
+        reward: a `MetaReward`, or a `PairwiseReward`; it is TRL's only reward function.
         share_prefixes: compute the prompt of a group once in sampling and loss. Models that cannot are served by the
             plain path, with a warning that names the reason.
         token_budget: tokens in one forward-backward pass; whole groups are kept together where they fit.
@@ -73,6 +74,8 @@ class RLMETrainer(GRPOTrainer):
         """Seconds of each stage since the last update's metrics were written: sample, judge, update."""
         self.counts: dict[str, int] = {}
         """Tokens of each stage since then: sampled, judged (computed), judged_in (asked about), trained."""
+        self.key_values: KeyValues | None = None
+        """What sampling computed, for live evaluators; there between sampling and judging only."""
         self.upcoming: list[dict[str, Any]] | None = None
         """Rows of the data set whose completions are sampled next and judged then: judging of each may begin early."""
         self._truncated: list[bool] = []
@@ -124,6 +127,9 @@ class RLMETrainer(GRPOTrainer):
             else:
                 prompts.append(ids)
                 counts.append(1)
+        evaluators = self.reward.evaluators(self) if self.reward.questions else []
+        live = any(getattr(evaluator, "known", None) is not None for evaluator in evaluators)
+        self.key_values = KeyValues() if live and not self.is_fsdp_enabled else None
         with (
             unwrap_model_for_generation(
                 self.model_wrapped,
@@ -152,6 +158,7 @@ class RLMETrainer(GRPOTrainer):
                 seed=seed,
                 dtype=torch.bfloat16 if self.args.bf16 else None,
                 on_finished=self._on_finished(counts),
+                keep=self.key_values,
             )
             model.train(training)
         drawn = [one for group in groups for one in group]
@@ -190,6 +197,7 @@ class RLMETrainer(GRPOTrainer):
         before = sum(getattr(e, "tokens_computed", 0) for e in evaluators)
         with self._timed("judge"):
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self.key_values = None  # the next update makes them stale
         self._count("judged", sum(getattr(e, "tokens_computed", 0) for e in evaluators) - before)
         self._count("judged_in", sum(j["tokens_in"] for row in self.reward.rows for j in row["judgements"]))
         return rewards

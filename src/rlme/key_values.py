@@ -1,0 +1,96 @@
+"""Keys and values that sampling has computed, kept so that judging the same text need not compute them again.
+
+A `live` evaluator reads the policy's own prompt and completion with the weights that have just written them. What the
+cache held at that moment is what a forward pass over the same tokens would compute, as long as weights, dtype and
+tokens are the same; `rlme.tree_attention` lets the questions attend to it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlme.prefix_tree import Ints, shared_length
+
+LIMIT = 1 << 30  # bytes; completions beyond it are computed again
+
+
+class KeyValues:
+    """Keys and values of N tokens per layer, and the token sequences they belong to.
+
+    `keys[layer]`, `values[layer]`: [N, K, d] with K key-value heads, rotated by their positions. `positions[N]`.
+    """
+
+    def __init__(self, limit: int = LIMIT) -> None:
+        self.limit = limit
+        self.tokens = 0
+        self.positions: Ints = np.empty(0, np.int64)
+        self._pieces: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._prompts: dict[tuple[int, ...], Ints] = {}
+        self._sequences: list[tuple[tuple[int, ...], Ints]] = []  # tokens, and where each of them is held
+
+    def hold(self, layers: Sequence[Any], rows: Sequence[tuple[int, Sequence[int], Sequence[int]]], begin: int) -> None:
+        """Copy rows out of a cache: (row of the batch, its prompt, the completion tokens the cache has seen).
+
+        `layers` hold [R, K, L, d]: prompts padded on the left to `begin` tokens, then completions. Rows that would
+        exceed the limit are left out.
+        """
+        keys = layers[0].keys
+        per_token = 2 * len(layers) * keys.shape[1] * keys.shape[3] * keys.element_size()
+        batch: list[Ints] = []
+        columns: list[Ints] = []
+        positions = [self.positions]
+        for row, prompt, own in rows:
+            known = self._prompts.get(tuple(prompt))
+            first = 0 if known is None else len(prompt)  # the first position that is new
+            new = len(prompt) + len(own) - first
+            if (self.tokens + new) * per_token > self.limit:
+                continue
+            place = np.arange(self.tokens, self.tokens + new)
+            path = place if known is None else np.concatenate([known, place])
+            if known is None:
+                self._prompts[tuple(prompt)] = path[: len(prompt)]
+            batch.append(np.full(new, row))
+            columns.append(np.arange(begin - len(prompt) + first, begin + len(own)))
+            positions.append(np.arange(first, len(path)))
+            self._sequences.append(((*prompt, *own), path))
+            self.tokens += new
+        if not batch:
+            return
+        self.positions = np.concatenate(positions)
+        index = tuple(torch.from_numpy(np.concatenate(x)).to(keys.device) for x in (batch, columns))
+        for number, layer in enumerate(layers):
+            piece = layer.keys[index[0], :, index[1]], layer.values[index[0], :, index[1]]
+            self._pieces.setdefault(number, []).append(piece)
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are held."""
+        return self._pieces[0][0][0].device
+
+    def layer(self, number: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [N, K, d] of one layer."""
+        pieces = self._pieces[number]
+        if len(pieces) > 1:
+            keys, values = zip(*pieces, strict=True)
+            self._pieces[number] = pieces = [(torch.cat(keys), torch.cat(values))]
+        return pieces[0]
+
+    def find(self, sequences: Sequence[Sequence[int]]) -> list[Ints]:
+        """For each sequence: where the longest held prefix of it lies, token by token."""
+        held = sorted(self._sequences, key=lambda pair: pair[0])
+        tokens = [pair[0] for pair in held]
+        found = []
+        for sequence in sequences:
+            # What shares most with a sequence stands next to where it would be sorted in.
+            after = bisect(tokens, tuple(sequence))
+            near = [i for i in (after - 1, after) if 0 <= i < len(held)]
+            lengths = {i: shared_length(tokens[i], sequence) for i in near}
+            best = max(near, key=lambda i: lengths[i], default=None)
+            found.append(np.empty(0, np.int64) if best is None else held[best][1][: lengths[best]])
+        return found
