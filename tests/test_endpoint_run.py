@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from rlme.commands import read_config
+from rlme.config import EvaluatorConfig
 from rlme.errors import RunStopped
 from rlme.evaluators import endpoint_client
 from rlme.evaluators.endpoint import EndpointEvaluator
 from rlme.training import trainer as trainer_module
+from rlme.training.build import share_of
 from rlme.training.run import train
 from rlme.training.run_folder import RunFolder
 from tests.fake_endpoint import FAULTS, fake_endpoint, faulty_proxy
@@ -29,11 +33,11 @@ def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint_client, "LONGEST_PAUSE", 0.02)
 
 
-def run(folder: Path, model: Path, url: str, **endpoint: Any) -> RunFolder:
+def run(folder: Path, model: Path, url: str, *, console: Console | None = None, **endpoint: Any) -> RunFolder:
     folder.mkdir()
     evaluator = {"name": "judge", "endpoint": {"base_url": url, "retries": 20, **endpoint}}
     path = write_config(folder, model, evaluators=[evaluator], train={"steps": 3, "checkpoint_every": 1})
-    return train(read_config(str(path)), Console(quiet=True))
+    return train(read_config(str(path)), console or Console(quiet=True))
 
 
 def numbers(folder: RunFolder) -> list[dict[str, Any]]:
@@ -111,6 +115,50 @@ def test_an_outage_stops_the_run_which_resumes_to_the_same_end(tiny_policy_dir: 
         train(_resumed(folder), Console(quiet=True), resume=folder)
     assert rewards(folder) == rewards(plain)
     assert same_weights(plain, folder)
+
+
+def test_money_is_estimated_forecast_and_capped_across_resumes(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    prices = {"input": 10.0, "cached_input": 5.0, "output": 100.0}
+    output = io.StringIO()
+    console = Console(file=output, width=500)
+    with fake_endpoint("vllm_ids") as server:
+        plain = run(tmp_path / "plain", tiny_policy_dir, server.url, console=console, prices=prices)
+        spent = plain.read_spent()["judge"]
+        assert spent["cost"] == pytest.approx(sum(line["endpoint/judge/cost"] for line in read_metrics(plain.path)))
+        before, after = (line for line in output.getvalue().splitlines() if line.startswith("judge: "))
+        most = re.search(r"at most ([\d,]+) prompt tokens and 36 gen.* 3 steps to come .* cost of at most (.+)", before)
+        assert most is not None and int(most[1].replace(",", "")) >= spent["tokens_in"]
+        assert spent["cost"] <= float(most[2]) < 3 * spent["cost"]
+        about = re.search(
+            r"about [\d,]+ prompt tokens .*cached.* 2 steps to come .as the first step.*about (.+)", after
+        )
+        assert about is not None and float(about[1]) == pytest.approx(2 / 3 * spent["cost"], rel=0.2)
+
+        cap = 0.7 * spent["cost"]
+        with pytest.raises(RunStopped, match="max_cost"):
+            run(tmp_path / "capped", tiny_policy_dir, server.url, console=console, prices=prices, max_cost=cap)
+        assert "may stop, resumable, after" in output.getvalue()
+        folder = RunFolder.open(tmp_path / "capped" / "run")
+        for _ in range(2):  # what was spent before counts
+            assert cap * 0.8 < folder.read_spent()["judge"]["cost"] <= cap
+            with pytest.raises(RunStopped, match="max_cost"):
+                train(_resumed(folder), console, resume=folder)
+        config = _resumed(folder)
+        endpoint = config.evaluators[0].endpoint.model_copy(update={"max_cost": 2 * spent["cost"]})
+        config.evaluators[0].endpoint = endpoint
+        train(config, console, resume=folder)
+        assert "as 2 steps went" in output.getvalue()
+        assert folder.read_spent()["judge"]["cost"] >= spent["cost"]  # the step that was cut off is paid twice
+    assert same_weights(plain, folder)
+
+
+def test_each_process_has_its_share_of_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    endpoint = {"base_url": "http://host/v1", "concurrency": 10, "requests_per_minute": 60.0}
+    spec = EvaluatorConfig.model_validate({"name": "judge", "endpoint": endpoint})
+    assert share_of(spec) is spec
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    mine = share_of(spec).endpoint
+    assert mine is not None and (mine.concurrency, mine.requests_per_minute, mine.max_cost) == (2, 15.0, None)
 
 
 def _resumed(folder: RunFolder) -> Any:

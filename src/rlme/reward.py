@@ -350,7 +350,7 @@ def judgement_metrics(rows: Sequence[Row]) -> dict[str, float]:
                 continue
             for part in ("score", "probability", "mass"):
                 metrics.setdefault(f"{key}/{part}", []).append(j[part])
-            counts[f"{key}/bounded"] += j["bounded"]
+            counts[f"{key}/bounded"] += bool(j.get("bounded"))
         if row["correct"] is not None:
             metrics.setdefault("gold/accuracy", []).append(float(row["correct"]))
     means = {key: math.fsum(values) / len(values) for key, values in metrics.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -54,12 +55,23 @@ def make_evaluator(spec: EvaluatorConfig, config: Config) -> Evaluator:
         # resumed run must not freeze the weights it resumes with.
         own = {"model": config.model.path, "revision": config.model.revision, "name": spec.label}
         spec = spec.model_copy(update={**own, "trust_remote_code": config.model.trust_remote_code})
-    evaluator = build_evaluator(spec, **judge_options(config))
+    evaluator = build_evaluator(share_of(spec), **judge_options(config))
     if config.judging.cache is None:
         return evaluator
     cache = JudgeCache(Path(config.judging.cache), max_bytes=config.judging.cache_mb * 2**20)
     identity = getattr(evaluator, "identity", None) or model_identity(str(spec.model), spec.revision)
     return CachedEvaluator(evaluator, cache, identity=f"{identity} {spec.dtype}")
+
+
+def share_of(spec: EvaluatorConfig) -> EvaluatorConfig:
+    """The part of an endpoint's limits that each of the run's processes may use."""
+    processes, endpoint = int(os.environ.get("WORLD_SIZE", "1")), spec.endpoint
+    if endpoint is None or processes == 1:
+        return spec
+    limits = {name: getattr(endpoint, name) for name in ("requests_per_minute", "tokens_per_minute", "max_cost")}
+    limits = {name: value / processes for name, value in limits.items() if value is not None}
+    limits["concurrency"] = max(1, endpoint.concurrency // processes)
+    return spec.model_copy(update={"endpoint": endpoint.model_copy(update=limits)})
 
 
 def judge_options(config: Config) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from rlme.data import PromptSet
 from rlme.reward import Row, judgement_metrics
+from rlme.training.costs import Costs
 from rlme.training.drift import Drift
 from rlme.training.monitors import Alarm, batch_monitors, best_metric, best_step, replay
 from rlme.training.run_folder import RunFolder
@@ -51,11 +52,13 @@ class Recorder(TrainerCallback):
         eval_every: int,
         on_alarm: str,
         load_seconds: float,
+        costs: Costs,
         on_step: Callable[[Record, list[Row]], None],
     ) -> None:
         self.trainer, self.folder = trainer, folder
         self.held_out, self.eval_every, self.on_alarm = held_out, eval_every, on_alarm
         self.load_seconds = load_seconds
+        self.costs = costs
         self.on_step = on_step
         self.alarm = Alarm(prompts=len(held_out) if held_out is not None else 1)
         self.drift = Drift(folder.eval / "start.jsonl")
@@ -73,6 +76,7 @@ class Recorder(TrainerCallback):
         self.rows = rows
         if self.trainer.accelerator.is_main_process:
             self.folder.write_rows(rows, step)
+        self.costs.save(self.costs.totals())  # paid now, whatever becomes of the step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure the starting model, unless a resumed run already has."""
@@ -173,12 +177,12 @@ class Recorder(TrainerCallback):
     def _endpoint_use(self) -> Record:
         """Calls, retries, tokens and cost of each evaluator behind an endpoint since the last line."""
         record: Record = {}
-        for evaluator in self.trainer.reward.evaluators(self.trainer):
-            account = getattr(getattr(evaluator, "inner", evaluator), "account", None)
-            if account is not None:
-                totals, before = account.metrics(), self._used.get(evaluator.name, {})
-                record |= {f"endpoint/{evaluator.name}/{k}": v - before.get(k, 0.0) for k, v in totals.items()}
-                self._used[evaluator.name] = totals
+        totals = self.costs.totals()
+        for name, account in totals.items():
+            before = self._used.get(name, {})
+            record |= {f"endpoint/{name}/{k}": v - before.get(k, 0.0) for k, v in account.items()}
+        self._used = totals
+        self.costs.save(totals)
         return record
 
     def measure(self, step: int) -> Record:

@@ -31,6 +31,7 @@ from rlme.training.build import (
     training_dataset,
 )
 from rlme.training.callbacks import Interrupt, MassWarning
+from rlme.training.costs import Costs
 from rlme.training.display import Display
 from rlme.training.recorder import Recorder
 from rlme.training.run_folder import FORMAT, RunFolder
@@ -111,10 +112,20 @@ def train(config: Config, console: Console, *, resume: RunFolder | None = None) 
     display = Display(console, steps=config.train.steps, done=step, show_every=config.train.show_every)
     trainer.on_stage = display.stage
     watch = MassWarning(console, config.judging.mass_warning)
+    costs = Costs(
+        trainer,
+        folder,
+        console,
+        steps=config.train.steps,
+        held_out=len(held_out) if held_out is not None else 0,
+        eval_every=config.train.eval_every,
+    )
+    costs.announce(step)
 
     def show(record: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         display.update(record, rows)
         watch(record)
+        costs.update(record)
 
     recorder = Recorder(
         trainer,
@@ -123,6 +134,7 @@ def train(config: Config, console: Console, *, resume: RunFolder | None = None) 
         eval_every=config.train.eval_every,
         on_alarm=config.train.on_alarm,
         load_seconds=time.perf_counter() - started,
+        costs=costs,
         on_step=show,
     )
     trainer.add_callback(recorder)
@@ -140,6 +152,8 @@ def train(config: Config, console: Console, *, resume: RunFolder | None = None) 
             elif held_out is not None:  # zero steps: only measure
                 recorder.on_train_begin(arguments, trainer.state, trainer.control)
     except RunStopped as stop:
+        if trainer.accelerator.num_processes == 1:  # several cannot count together once one of them has stopped
+            costs.save(costs.totals())
         _save_where_it_stands(trainer, folder)
         raise RunStopped(f"{stop}. The state is saved: rlme train --resume {folder.path}") from None
     if interrupt.requested:
