@@ -18,7 +18,7 @@ from rlme.report.html import embed
 from rlme.report.page_data import page_data, write_report
 from rlme.report.run import read_run
 from rlme.report.samples import choose, marks
-from rlme.report.terminal import plain, print_overview, sparkline, watch
+from rlme.report.terminal import plain, print_comparison, print_overview, sparkline, watch
 from tests.synthetic_run import HOSTILE, write_run
 
 
@@ -149,10 +149,16 @@ def test_folders_with_nothing_in_them(tmp_path: Path, content: str) -> None:
         (folder / "notes.txt").write_text("hello")
     if content == "no steps":
         (folder / "config.yaml").write_text("model: {path: x}\nrun_info: {format: 1}\n")
+    if content in ("no steps", "empty"):
         page = write_report(folder)
-        texts = [finding["text"] for finding in embedded(page)["findings"]]
-        assert "No training step has been recorded yet." in " ".join(texts)
+        texts = " ".join(finding["text"] for finding in embedded(page)["findings"])
+        assert "No training step has been recorded yet" in texts
+        assert ("There is no config.yaml" in texts) == (content == "empty")
+        assert "There is no metrics.jsonl" in texts
         assert embedded(page)["charts"] == []
+        print_overview(folder, Console(file=StringIO()))
+        (folder / "config.yaml").write_text("train: {steps: 0}\n")
+        assert any("zero steps" in text for text in read_run(folder).missing)
     else:
         with pytest.raises(InputError, match="run"):
             read_run(folder)
@@ -225,6 +231,16 @@ def test_compare_bands_seeds_and_tables_differences(tmp_path: Path) -> None:
     assert table["head"] == ["", arms[0].name, arms[1].name, "difference"]
     assert "±" in table["rows"][1][1]
     assert json.loads((tmp_path / "c.json").read_text())["measures"]["steps"][arms[0].name] == [10.0, 10.0]
+
+
+def test_compare_prints_its_table_within_80_columns(run_folder: Path, tmp_path: Path) -> None:
+    other = write_run(tmp_path / "other", steps=10, prompts=2, eval_every=5, eval_prompts=4, learning_rate=1e-6)
+    console = Console(file=StringIO(), width=80)
+    print_comparison(*write_comparison([run_folder, other, other], tmp_path / "c.html"), console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "B  train.steps=10, train.learning_rate=1e-06: other, other" in text
+    assert re.search(r"steps +60 +10 ± 0 +-50", text)
+    assert "…" not in text
 
 
 def test_compare_wants_two_runs(run_folder: Path, tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ def compare(
 ) -> None:
     """Lay runs over each other on one page: seeds of one configuration as a band, differences as a table."""
     from rlme.report.compare import write_comparison
+    from rlme.report.terminal import print_comparison
 
-    write_comparison(runs, output, table)
+    print_comparison(*write_comparison(runs, output, table))
     typer.echo(f"Page: {output}")

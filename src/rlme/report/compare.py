@@ -38,8 +38,10 @@ class Measure:
     """Per arm, one value for each run that has it."""
 
 
-def write_comparison(folders: Sequence[Path], output: Path, table: Path | None = None) -> None:
-    """Write the page that compares runs, and the table as JSON."""
+def write_comparison(
+    folders: Sequence[Path], output: Path, table: Path | None = None
+) -> tuple[list[Arm], list[list[str]]]:
+    """Write the page that compares runs, and the table as JSON. Returns the arms and the table's rows."""
     if len(folders) < 2:
         raise InputError(f"rlme compare needs two or more runs, got {len(folders)}")
     runs = [read_run(folder) for folder in folders]
@@ -53,6 +55,7 @@ def write_comparison(folders: Sequence[Path], output: Path, table: Path | None =
             "measures": {m.name: dict(zip((a.name for a in arms), m.values, strict=True)) for m in table_of},
         }
         table.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return arms, _rows(arms, table_of)
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -276,7 +276,7 @@ def findings(run: Run) -> list[Finding]:
     """In words: what is wrong, what to look at, what is fine. Thresholds are the constants of this file."""
     said = [Finding("bad", f"At step {step}: {text}") for step, text in run.alarms]
     if not run.training:
-        return [Finding("info", "No training step has been recorded yet: there is nothing to judge.")]
+        return said  # `missing` says that there is no step yet
     if best := best_heldout(run):
         key, measured = best
         step = best_step(measured)

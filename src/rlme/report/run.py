@@ -105,12 +105,14 @@ def _label(evaluator: Mapping[str, Any]) -> str:
 def read_run(path: Path) -> Run:
     """Read a run's folder. Whatever is missing or broken in it is said in `missing`, not raised.
 
-    Raises InputError when `path` is no folder, or one in which nothing of a run is.
+    Raises InputError when `path` is no folder, or one with other things in it and nothing of a run.
     """
     if not path.is_dir():
         raise InputError(f"{path} is not a folder: expected a run's folder, such as runs/NAME")
     folder = RunFolder(path)
-    if not any(part.exists() for part in (folder.config, folder.metrics, folder.rollouts, folder.eval)):
+    parts = (folder.config, folder.metrics, folder.rollouts, folder.eval)
+    others = {part.name for part in path.iterdir()} - {"report.html"}
+    if others and not any(part.exists() for part in parts):
         raise InputError(f"{path} is not a run's folder: it has no config.yaml, no metrics.jsonl and no rollouts/")
     missing: list[str] = []
     config = _read_config(folder.config, missing)
@@ -125,7 +127,11 @@ def read_run(path: Path) -> Run:
     records = list(_read_metrics(folder.metrics, missing))
     run = Run(path, config, info, records, missing)
     if not run.training:
-        missing.append("No training step has been recorded yet.")
+        missing.append(
+            "The run has zero steps: only the starting model was measured."
+            if run.section("train").get("steps") == 0
+            else "No training step has been recorded yet: there is nothing to judge."
+        )
     elif not run.rollout_files():
         missing.append("There are no rollouts/: the samples cannot be shown.")
     return run

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from rlme.report.compare import Arm
 from rlme.report.content import Chart, Series, charts, duration, findings, short, spending, tiles
 from rlme.report.run import Run, read_run
 
@@ -103,6 +106,23 @@ def print_overview(folder: Path, console: Console | None = None) -> None:
     """Print a run once."""
     console = console or Console()
     console.print(overview(read_run(folder), width=console.width))
+
+
+def print_comparison(arms: Sequence[Arm], rows: Sequence[Sequence[str]], console: Console | None = None) -> None:
+    """The table of `rlme compare`. Configurations have long names: the columns are called A, B, ..."""
+    console = console or Console()
+    letters = [chr(ord("A") + i) if i < 26 else str(i + 1) for i in range(len(arms))]
+    for letter, arm in zip(letters, arms, strict=True):
+        console.print(Text(f"{letter}  {plain(arm.name)}: {', '.join(plain(run.name) for run in arm.runs)}"))
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("", ratio=1, min_width=16)
+    table.add_column(letters[0], justify="right")
+    for letter in letters[1:]:
+        table.add_column(letter, justify="right")
+        table.add_column(f"{letter} - A", justify="right", style="dim")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 def write_numbers(folder: Path, path: Path) -> None:
