@@ -92,8 +92,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class _Fake(_Handler):
-    """Dialects: vllm, vllm_ids (with logprob_token_ids), llama, hosted (chat only, top 20), legacy (text only, top 5),
-    none (refuses log-probabilities, as `transformers serve` does)."""
+    """Dialects: vllm, vllm_ids (with logprob_token_ids), llama, sglang (its own `/generate`, as recorded from
+    sglang.srt's io_struct and its users; `.leading` before every text), sglang_old (its tokenizer takes no messages),
+    hosted (chat only, top 20), legacy (text only, top 5), none (refuses log-probabilities)."""
 
     def do_GET(self) -> None:
         s = self.server
@@ -135,33 +136,54 @@ class _Fake(_Handler):
 
     def _route(self, request: dict[str, Any]) -> None:
         dialect, chat = self.server.dialect, self.path == "/v1/chat/completions"
-        vllm = dialect.startswith("vllm")
+        vllm = dialect.startswith(("vllm", "sglang"))
         routes = {
-            "/v1/chat/completions": ("hosted", "none"),
-            "/v1/completions": ("vllm", "vllm_ids", "llama", "legacy", "none"),
+            "/v1/chat/completions": ("hosted", "none", "sglang_old"),
+            "/v1/completions": ("vllm", "vllm_ids", "llama", "legacy", "none", "sglang", "sglang_old"),
+            "/generate": ("sglang", "sglang_old"),
         }
-        if self.path == "/tokenize" and (vllm or dialect == "llama"):
+        if self.path == "/tokenize" and dialect == "sglang_old" and "prompt" not in request:
+            self.reply(422, {"detail": [{"type": "missing", "loc": ["body", "prompt"]}]})
+        elif self.path == "/tokenize" and (vllm or dialect == "llama"):
             if "messages" in request:
                 text = render(request["messages"], prefill=request.get("continue_final_message", False))
             else:
                 text = request["content" if dialect == "llama" else "prompt"]
             extra = {"max_model_len": CONTEXT_LIMIT} if vllm else {}
-            self.reply(200, {"tokens": encode(text), **extra})
+            self.reply(200, {"tokens": encode(self.server.leading + text), **extra})
         elif self.path == "/apply-template" and dialect == "llama":
             self.reply(200, {"prompt": render(request["messages"])})
         elif dialect not in routes.get(self.path, ()):
             self.reply(404, {"error": {"message": "no such route"}})
         elif dialect == "none" and request.get("logprobs"):
             self.reply(422, {"detail": "Unsupported fields in the request: {'logprobs'}"})
+        elif self.path == "/generate":
+            self._generate(request)
         else:
             self._complete(request, chat)
+
+    def _generate(self, request: dict[str, Any]) -> None:
+        ids = request["input_ids"]
+        if len(ids) > CONTEXT_LIMIT and self.server.cut_at is None:
+            detail = f"The input ({len(ids)} tokens) is longer than the model's context length ({CONTEXT_LIMIT})."
+            return self.reply(400, {"error": {"message": detail}})
+        ids = ids[: self.server.cut_at]
+        row = next_logprobs(ids)
+        drawn = max(range(len(row)), key=row.__getitem__)
+        meta = {
+            "id": "1", "finish_reason": {"type": "length", "length": 1}, "prompt_tokens": len(ids),
+            "completion_tokens": 1, "cached_tokens": len(ids) // 2,
+            "input_token_logprobs": [], "output_token_logprobs": [[row[drawn], drawn, None]],
+            "output_token_ids_logprobs": [[[row[i], i, None] for i in request["token_ids_logprob"]]],
+        }  # fmt: skip
+        self.reply(200, {"text": VOCABULARY[drawn], "output_ids": [drawn], "meta_info": meta})
 
     def _complete(self, request: dict[str, Any], chat: bool) -> None:
         s = self.server
         prompt = render(request["messages"]) if chat else request["prompt"]
         ids = encode(prompt) if isinstance(prompt, str) else list(prompt)
         wanted = request.get("top_logprobs" if chat else "logprobs") or 0
-        most = {"vllm": 20, "vllm_ids": 20, "hosted": 20, "legacy": 5}.get(s.dialect, len(VOCABULARY))
+        most = {"vllm": 20, "vllm_ids": 20, "hosted": 20, "sglang_old": 20, "legacy": 5}.get(s.dialect, len(VOCABULARY))
         if wanted > most:
             return self.reply(400, {"error": {"message": f"at most {most} log-probabilities, {wanted} asked for"}})
         limit = CONTEXT_LIMIT if s.cut_at is None else 10**9
@@ -330,7 +352,8 @@ def fake_endpoint(
 ) -> Iterator[Any]:
     """A running server: `.url`, `.calls` by path, `.bodies`, `.most_active`; set `.delay` (s) or `.cut_at` (tokens)."""
     state: dict[str, Any] = {"calls": Counter(), "bodies": [], "started": [], "active": 0, "most_active": 0}
-    with _running(_Fake, dialect=dialect, models=models, key=key, delay=0.0, cut_at=None, **state) as server:
+    more: dict[str, Any] = {"delay": 0.0, "cut_at": None, "leading": ""}
+    with _running(_Fake, dialect=dialect, models=models, key=key, **more, **state) as server:
         yield server
 
 

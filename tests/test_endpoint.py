@@ -16,7 +16,7 @@ from rlme.evaluators import endpoint_tokens
 from rlme.evaluators.base import Evaluator
 from rlme.evaluators.endpoint import EndpointEvaluator, families
 from rlme.evaluators.endpoint_config import EndpointConfig, Prices
-from rlme.evaluators.endpoint_wire import NextTokens
+from rlme.evaluators.endpoint_wire import CallFailed, NextTokens, read_named_tokens
 from rlme.judgement import Failure, Message, Request
 from tests import fake_endpoint as fake
 
@@ -36,10 +36,15 @@ def evaluator(server: Any, **config: Any) -> EndpointEvaluator:
     return EndpointEvaluator(EndpointConfig(base_url=server.url, **config))
 
 
-@pytest.fixture(params=["vllm_ids", "llama"])
+@pytest.fixture(params=["vllm_ids", "llama", "sglang"])
 def token_server(request: pytest.FixtureRequest) -> Iterator[Any]:
     with fake.fake_endpoint(request.param) as server:
         yield server
+
+
+def asked(server: Any) -> int:
+    """Calls for an answer or a text."""
+    return int(server.calls["/v1/completions"] + server.calls["/generate"])
 
 
 def truth(request: Request) -> list[float]:
@@ -67,9 +72,9 @@ def test_exact_ids_text_chat_prefill_and_labels_of_several_tokens(token_server: 
 def test_labels_share_the_calls_of_their_common_beginning(token_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint_tokens, "FIRST_TOP", 1000)
     judge = evaluator(token_server)
-    before = token_server.calls["/v1/completions"]
+    before = asked(token_server)
     judge.logprobs([ask("Rate it:", "10", "12", "1x")])  # 1 -> {0, 2, x}: two calls, not three times two
-    assert token_server.calls["/v1/completions"] - before == 2
+    assert asked(token_server) - before == 2
     judge.close()
 
 
@@ -111,14 +116,14 @@ def test_start_returns_at_once(token_server: Any) -> None:
 
 def test_what_was_begun_is_not_asked_again(token_server: Any) -> None:
     judge = evaluator(token_server, concurrency=2)
-    before = token_server.calls["/v1/completions"]
+    before = asked(token_server)
     requests = [ask("1?"), ask("2?"), ask("2?"), ask("3?"), chat("4?")]
     judge.begin(requests[:2])
     judge.begin([ask("x" * 500), requests[2]])
     judge.begin([requests[3]], max_tokens=4)
     texts = judge.write([requests[3], ask("5?")], max_tokens=4)
     answers = judge.logprobs([*requests[::-1], ask("x" * 500)])
-    assert token_server.calls["/v1/completions"] - before == 2 + len(requests)
+    assert asked(token_server) - before == 2 + len(requests)
     for request, answer in zip(requests[::-1], answers, strict=False):
         assert answer.logprobs == pytest.approx(truth(request), abs=1e-12)
     assert answers[-1].failure is Failure.CONTEXT_TOO_LONG
@@ -128,11 +133,11 @@ def test_what_was_begun_is_not_asked_again(token_server: Any) -> None:
 
 def test_what_was_begun_in_vain_is_called_off(token_server: Any) -> None:
     judge = evaluator(token_server, concurrency=1)
-    before = token_server.calls["/v1/completions"]
+    before = asked(token_server)
     token_server.delay = 0.2
     judge.begin([ask(f"{i}?") for i in range(50)])
     assert judge.logprobs([ask("other?")])[0].failure is None
-    assert token_server.calls["/v1/completions"] - before < 10
+    assert asked(token_server) - before < 10
     judge.close()
 
 
@@ -151,7 +156,7 @@ def test_an_interrupt_cancels_the_calls(token_server: Any, monkeypatch: pytest.M
         judge.logprobs([ask(f"{i}?") for i in range(50)])
     monkeypatch.undo()
     time.sleep(0.6)
-    assert token_server.calls["/v1/completions"] < 20
+    assert asked(token_server) < 20
     judge.close()
 
 
@@ -169,6 +174,50 @@ def test_hosted_chat_takes_whole_tokens_only() -> None:
         with pytest.raises(InputError, match="use a chat template"):
             judge.logprobs([ask("Is it right?")])
         judge.close()
+
+
+def test_sglang_is_asked_by_token_id_on_its_own_route() -> None:
+    with fake.fake_endpoint("sglang") as server:
+        server.leading = "~"  # its tokenizer route puts the beginning of text before everything, labels as well
+        judge = evaluator(server)
+        assert "SGLang, chat and text, labels as exact token ids, log-probabilities of named tokens" in judge.summary
+        requests = [ask("Is it right? ø", "YESø", "NOø", "^"), chat("Is it right?", "YESø", "NO", prefill="ø")]
+        for request, answer in zip(requests, judge.logprobs(requests), strict=True):
+            context = request.context if isinstance(request.context, str) else fake.render(request.context)
+            text = f"~{context}{request.prefill}"
+            assert answer.logprobs == pytest.approx([fake.true_logprob(text, c) for c in request.continuations])
+            assert answer.tokens_cached > 0
+        judge.close()
+    with fake.fake_endpoint("sglang_old") as server:  # no messages, so no way to know the ids of a chat
+        by_text, by_id = evaluator(server), evaluator(server, api="completions")
+        assert "one-token labels only" in by_text.summary and by_text.chat
+        assert "SGLang, text only" in by_id.summary
+        assert by_id.logprobs([ask("Right?", "YESø")])[0].logprobs == pytest.approx(truth(ask("Right?", "YESø")))
+        by_text.close()
+        by_id.close()
+
+
+@pytest.mark.parametrize(
+    ("reply", "kind"),
+    [
+        ([], Failure.MALFORMED),
+        ({"text": "Yes"}, Failure.MALFORMED),
+        ({"meta_info": {}}, Failure.LABEL_MISSING),
+        ({"meta_info": {"output_token_ids_logprobs": [None]}}, Failure.LABEL_MISSING),
+        ({"meta_info": {"output_token_ids_logprobs": [[[-1.0, 5, None]], [[-1.0, 5, None]]]}}, Failure.MALFORMED),
+        ({"meta_info": {"output_token_ids_logprobs": [[[-1.0, 5, None]]]}}, Failure.LABEL_MISSING),
+        ({"meta_info": {"output_token_ids_logprobs": [[[-1.0, 5], [-3.4e38, 7]]]}}, Failure.LABEL_MISSING),
+        ({"meta_info": {"output_token_ids_logprobs": [[[-1.0, 5], [None, 7]]]}}, Failure.NOT_A_NUMBER),
+        ({"meta_info": {"output_token_ids_logprobs": [[[-1.0, 5], [math.nan, 7]]]}}, Failure.NOT_A_NUMBER),
+        ({"meta_info": {"output_token_ids_logprobs": [[[-0.1, 5], [-0.1, 7]]]}}, Failure.MALFORMED),
+        ({"meta_info": {"output_token_ids_logprobs": [[5, 7]]}}, Failure.MALFORMED),
+        ({"meta_info": {"output_token_ids_logprobs": [{"5": -1}]}}, Failure.MALFORMED),
+    ],
+)
+def test_nothing_of_sglangs_reply_is_believed_unchecked(reply: Any, kind: Failure) -> None:
+    with pytest.raises(CallFailed) as failed:
+        read_named_tokens(reply, [5, 7])
+    assert failed.value.kind is kind
 
 
 def test_legacy_completions_without_chat() -> None:

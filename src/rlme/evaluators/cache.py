@@ -179,6 +179,12 @@ class CachedEvaluator:
 
         return self._through(requests, _kind(max_tokens), written, _dump_text, _load_text)
 
+    def __getattr__(self, name: str) -> Any:
+        """What else the evaluator has: its account, its summary, its check at the start."""
+        if name == "inner":
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
     def begin(self, requests: Sequence[Request], *, max_tokens: int | None = None) -> None:
         """Have the evaluator start on what is not in the cache, if it can (see `Evaluator`)."""
         begin = getattr(self.inner, "begin", None)

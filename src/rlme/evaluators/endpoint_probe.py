@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from rlme.errors import InputError
 from rlme.evaluators.endpoint_client import EndpointClient
 from rlme.evaluators.endpoint_config import EndpointConfig
 from rlme.evaluators.endpoint_texts import TextServer
-from rlme.evaluators.endpoint_tokens import TokenServer
-from rlme.evaluators.endpoint_wire import CallFailed, read_next_tokens
+from rlme.evaluators.endpoint_tokens import TokenServer, native_body
+from rlme.evaluators.endpoint_wire import CallFailed, read_named_tokens, read_next_tokens
 from rlme.judgement import Failure
 
 TOPS = (1000, 100, 20, 5)
@@ -69,8 +70,9 @@ async def _token_server(client: EndpointClient, model: str, meta: dict[str, Any]
         return None
     server = TokenServer(client, model, "vLLM" if "max_model_len" in reply else "llama.cpp", root, chat=False)
     if server.kind == "vLLM":
-        if isinstance(reply["max_model_len"], int):
-            server.limit = reply["max_model_len"]
+        told = meta.get("max_model_len", reply["max_model_len"])
+        if isinstance(told, int) and 0 < told < 10**8:  # some tokenizers write an endless length
+            server.limit = told
     else:
         props = await _optional(client, f"{root}/props", None)
         settings = props.get("default_generation_settings") if isinstance(props, dict) else None
@@ -80,6 +82,10 @@ async def _token_server(client: EndpointClient, model: str, meta: dict[str, Any]
             return None  # some other server with a route of this name
         server.limit, server.top, server.plain = context, vocabulary, reply["tokens"][-1]
 
+    if server.kind == "vLLM" and await _generates_natively(server):
+        client.health_body = (f"{root}/generate", native_body(reply["tokens"], reply["tokens"][:1]))
+        # Asked by id or not at all: an older server, whose tokenizer route takes no messages, is asked by text.
+        return server if server.chat or client.config.api == "completions" else None
     ids = await server.encode("1 2 3", "")
     body: dict[str, Any] = {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 1.0}
     if server.kind == "vLLM":
@@ -103,13 +109,33 @@ async def _token_server(client: EndpointClient, model: str, meta: dict[str, Any]
         if not top.by_id:
             return None
     client.health_body = ("/completions", body)
+    server.chat = await _has_template(server)
+    return server
+
+
+async def _generates_natively(server: TokenServer) -> bool:
+    """Whether this is SGLang: its `/generate` gives the log-probability of any token. If so, `server` is set up."""
+    ids, others = await server.tokenize("a", special=False), await server.tokenize("b", special=False)
+    reply = await _optional(server.client, f"{server.root}/generate", native_body(ids, ids[:1]))
+    try:
+        read_named_tokens(reply, ids[:1])
+    except CallFailed:
+        return False
+    server.kind, server.label_ids = "SGLang", True
+    common = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ids, others, strict=False))
+    server.leading = tuple(token for token, _ in common)
+    server.chat = await _has_template(server)
+    return True
+
+
+async def _has_template(server: TokenServer) -> bool:
     try:
         await server.encode(({"role": "user", "content": "a"},), "")
-        server.chat = True
     except CallFailed as failure:
         if failure.passing:
             raise
-    return server
+        return False
+    return True
 
 
 async def _text_server(client: EndpointClient, model: str) -> TextServer:

@@ -1,9 +1,9 @@
-"""Asking a server that shares its tokenizer (vLLM, llama.cpp): contexts and labels are exact token ids.
+"""Asking a server that shares its tokenizer (vLLM, llama.cpp, SGLang): contexts and labels are exact token ids.
 
-The chat template and the tokenizer run on the server, the ids go to its completions route, and the next-token
-log-probability of each label token is read. Labels of several tokens take one call for each token that is not the
-last, with everything before it in the server's prefix cache. Prompt log-probabilities are never asked for: servers
-leave their prefix cache aside for those.
+The chat template and the tokenizer run on the server, the ids go to its completions route (SGLang: `/generate`), and
+the next-token log-probability of each label token is read. Labels of several tokens take one call for each token that
+is not the last, with everything before it in the server's prefix cache. Prompt log-probabilities are never asked for:
+servers leave their prefix cache aside for those.
 """
 
 from __future__ import annotations
@@ -15,7 +15,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rlme.evaluators.endpoint_client import EndpointClient
-from rlme.evaluators.endpoint_wire import CallFailed, NextTokens, Usage, read_next_tokens, read_text
+from rlme.evaluators.endpoint_wire import (
+    CallFailed,
+    NextTokens,
+    Usage,
+    read_named_tokens,
+    read_next_tokens,
+    read_text,
+    read_usage,
+)
 from rlme.judgement import Failure, Message, Request
 
 FIRST_TOP = 1000
@@ -39,20 +47,21 @@ class Found:
 class TokenServer:
     """A server with a tokenizer route.
 
-    `label_ids`: it gives log-probabilities of named tokens (vLLM's `logprob_token_ids`). `top`: alternatives it returns
-    at most. `limit`: its longest context in tokens. `chat`: it has a chat template. `plain`: id of an
-    ordinary token.
+    `label_ids`: it gives log-probabilities of named tokens (vLLM's `logprob_token_ids`, SGLang's `token_ids_logprob`).
+    `top`: alternatives it returns at most. `limit`: its longest context in tokens. `chat`: it has a chat template.
+    `plain`: id of an ordinary token. `leading`: tokens that it puts before every text, asked to or not.
     """
 
     client: EndpointClient
     model: str
-    kind: Literal["vLLM", "llama.cpp"]
+    kind: Literal["vLLM", "llama.cpp", "SGLang"]
     root: str
     chat: bool
     label_ids: bool = False
     top: int = 20
     limit: int | None = None
     plain: int | None = None
+    leading: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         self._spelled: dict[str, tuple[int, ...]] = {}
@@ -67,11 +76,13 @@ class TokenServer:
 
     async def tokenize(self, text: str, *, special: bool) -> list[int]:
         """Token ids of a text, with or without the tokens that begin every prompt."""
-        if self.kind == "vLLM":
-            body: dict[str, Any] = {"model": self.model, "prompt": text, "add_special_tokens": special}
+        if self.kind == "llama.cpp":
+            body: dict[str, Any] = {"content": text, "add_special": special, "parse_special": True}
         else:
-            body = {"content": text, "add_special": special, "parse_special": True}
-        return (await self.client.call(f"{self.root}/tokenize", body, _token_ids))[0]
+            body = {"model": self.model, "prompt": text, "add_special_tokens": special}
+        ids = (await self.client.call(f"{self.root}/tokenize", body, _token_ids))[0]
+        unasked = len(self.leading) if not special and ids[: len(self.leading)] == list(self.leading) else 0
+        return ids[unasked:]
 
     async def encode(self, context: str | tuple[Message, ...], prefill: str) -> list[int]:
         """Token ids of a whole context, as the model sees it."""
@@ -154,6 +165,8 @@ class TokenServer:
     async def _next(
         self, context: list[int], heads: list[int], labels: list[list[int | None]], found: Found
     ) -> NextTokens:
+        if self.kind == "SGLang":
+            return await self._named(context, heads, found)
         count = min(self.top, FIRST_TOP)
         while True:
             body: dict[str, Any] = self._body(context, max_tokens=1) | {"temperature": 1.0, "logprobs": count}
@@ -176,6 +189,20 @@ class TokenServer:
                 return tokens
             count = self.top
 
+    async def _named(self, context: list[int], heads: list[int], found: Found) -> NextTokens:
+        """SGLang's own route gives any token's log-probability by its id."""
+
+        def read(reply: Any) -> NextTokens:
+            _check_length(reply, len(context))
+            return read_named_tokens(reply, heads)
+
+        url = f"{self.root}/generate"
+        tokens, usage = await self.client.call(
+            url, native_body(context, heads), read, tokens_in=len(context), tokens_out=1
+        )
+        found.usage.append(usage)
+        return tokens
+
     def draw_plain(self) -> dict[str, Any]:
         """What makes llama.cpp draw an ordinary token: it reports nothing when the token it draws ends the text or is
         half a character. The log-probabilities are taken before that and do not change."""
@@ -191,6 +218,17 @@ class TokenServer:
 
     def _body(self, context: list[int], *, max_tokens: int) -> dict[str, Any]:
         return {"model": self.model, "prompt": context, "max_tokens": max_tokens}
+
+
+def native_body(context: list[int], named: list[int]) -> dict[str, Any]:
+    """A call of SGLang's `/generate`. No log-probabilities of the prompt: they would bypass its prefix cache."""
+    return {
+        "input_ids": context,
+        "sampling_params": {"max_new_tokens": 1, "temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0},
+        "return_logprob": True,
+        "logprob_start_len": -1,
+        "token_ids_logprob": named,
+    }
 
 
 def label_of(spelling: str) -> str:
@@ -226,8 +264,7 @@ def _rendered(reply: Any) -> str:
 
 def _check_length(reply: Any, sent: int) -> None:
     """A server that cut the context judged something else; its numbers are not ours."""
-    usage = reply.get("usage") if isinstance(reply, dict) else None
-    read = usage.get("prompt_tokens") if isinstance(usage, dict) else None
-    if isinstance(read, int) and read < sent:
+    read = read_usage(reply).tokens_in
+    if 0 < read < sent:
         detail = f"the server read {read} of {sent} context tokens"
         raise CallFailed(Failure.CONTEXT_TOO_LONG, detail, passing=False)

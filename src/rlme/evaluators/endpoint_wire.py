@@ -8,6 +8,7 @@ vLLM writes `token_id:123` as the token when asked to).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,11 +66,11 @@ class Usage:
 
 
 def read_usage(reply: Any) -> Usage:
-    """The reply's token counts; zeros where the server reports none."""
-    usage = reply.get("usage") if isinstance(reply, dict) else None
+    """The reply's token counts, OpenAI's or SGLang's; zeros where the server reports none."""
+    usage = (reply.get("usage") or reply.get("meta_info")) if isinstance(reply, dict) else None
     if not isinstance(usage, dict):
         return Usage()
-    details = usage.get("prompt_tokens_details")
+    details = usage.get("prompt_tokens_details", usage)
     cached = details.get("cached_tokens") if isinstance(details, dict) else None
     total = _count(usage.get("prompt_tokens"))
     return Usage(total, min(_count(cached), total), _count(usage.get("completion_tokens")))
@@ -138,9 +139,39 @@ def read_next_tokens(reply: Any, *, asked: int) -> NextTokens:
         if isinstance(token_id, int) and not isinstance(token_id, bool):
             by_id[token_id] = logprob
         by_text.setdefault(_bytes(token, raw), logprob)
-    if math.fsum(math.exp(v) for v in (by_id or by_text).values()) > 1 + 0.02:
-        raise CallFailed(Failure.MALFORMED, "the probabilities in the reply add up to more than 1")
+    _check_sum(by_id or by_text)
     return NextTokens(by_id, by_text, smallest if len(pairs) >= asked else None)
+
+
+def read_named_tokens(reply: Any, named: Sequence[int]) -> NextTokens:
+    """The next-token log-probabilities of `named` tokens in a reply of SGLang's `/generate`:
+    `meta_info.output_token_ids_logprobs` holds, for each generated token, a list of [log-probability, id, text].
+
+    Raises `CallFailed` as `read_next_tokens` does, and LABEL_MISSING when a named token is not there.
+    """
+    meta = reply.get("meta_info") if isinstance(reply, dict) else None
+    if not isinstance(meta, dict):
+        raise CallFailed(Failure.MALFORMED, "the reply has no meta_info")
+    steps = meta.get("output_token_ids_logprobs")
+    if not isinstance(steps, list) or not steps or steps[0] is None:
+        raise CallFailed(Failure.LABEL_MISSING, "the reply has no log-probabilities")
+    if len(steps) != 1:
+        raise CallFailed(Failure.MALFORMED, f"{len(steps)} tokens came back, 1 was asked for")
+    by_id: dict[int, float] = {}
+    for entry in steps[0] if isinstance(steps[0], list) else [None]:
+        if not isinstance(entry, list) or len(entry) < 2 or not isinstance(entry[1], int):
+            raise CallFailed(Failure.MALFORMED, "output_token_ids_logprobs is not a list of [log-probability, id, ...]")
+        if (logprob := _logprob(entry[0])) > ABSENT:
+            by_id[entry[1]] = logprob
+    if not all(token in by_id for token in named):
+        raise CallFailed(Failure.LABEL_MISSING, "a label that was named is not in the reply")
+    _check_sum(by_id)
+    return NextTokens(by_id, {}, None)
+
+
+def _check_sum(logprobs: Mapping[Any, float]) -> None:
+    if math.fsum(math.exp(v) for v in logprobs.values()) > 1 + 0.02:
+        raise CallFailed(Failure.MALFORMED, "the probabilities in the reply add up to more than 1")
 
 
 def _bytes(token: str, raw: Any) -> bytes:
