@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import importlib
 import inspect
 import json
 import math
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -189,12 +192,29 @@ def test_real_verl() -> None:
     assert asyncio.run(score(**call))["score"] == expected("Because.")
 
 
-def test_real_verifiers() -> None:
-    vf = pytest.importorskip("verifiers.v1")
-    from verifiers.v1.configs.task import RewardFunctionConfig, TaskConfig
+def sections_of_the_guide() -> list[dict[str, Any]]:
+    """`env.taskset.task.rewards` as docs/adapters.md has it: for verifiers, and in a source of prime-rl."""
+    guide = (Path(__file__).parent.parent / "docs" / "adapters.md").read_text()
+    verifiers_toml, prime_toml = map(tomllib.loads, re.findall(r"```toml\n(.*?)```", guide, re.DOTALL))
+    (source,) = prime_toml["orchestrator"]["train"]["source"]
+    return [settings["env"]["taskset"]["task"]["rewards"] for settings in (verifiers_toml, source)]
 
-    spec = RewardFunctionConfig(fn="rlme.adapters.verifiers:rlme_reward", weight=2.0)
-    task = vf.Task(vf.TaskData(prompt="Why?"), TaskConfig(rewards={"rlme": spec}))
+
+def test_the_guides_sections_name_the_reward() -> None:
+    """verifiers reads `module:function`; prime-rl hands its source's `env` to verifiers as it is."""
+    for rewards in sections_of_the_guide():
+        module, function = rewards["rlme"]["fn"].split(":")
+        assert getattr(importlib.import_module(module), function) is verifiers.rlme_reward
+        assert rewards["rlme"]["weight"] == 1.0
+
+
+@pytest.mark.parametrize("section", [0, 1], ids=["verifiers", "prime-rl"])
+def test_real_verifiers(section: int) -> None:
+    vf = pytest.importorskip("verifiers.v1")
+    from verifiers.v1.configs.task import TaskConfig
+
+    config = TaskConfig.model_validate({"rewards": sections_of_the_guide()[section]})
+    task = vf.Task(vf.TaskData(prompt="Why?"), config)
     for reply, works in (("Because.", True), ("fail", False)):
         trace = vf.Trace.model_construct(root_reply=reply, rewards={}, metrics={}, nodes=[])
         if works:
