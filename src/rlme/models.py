@@ -103,6 +103,13 @@ def default_device() -> "torch.device":
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def fast_bfloat16() -> bool:
+    """Whether this machine multiplies bfloat16 matrices in hardware: a GPU, or a CPU with AVX512-BF16."""
+    import torch
+
+    return torch.cuda.is_available() or bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+
+
 def load_model(
     source: str | Path,
     *,

@@ -7,7 +7,8 @@ output/
   round-1/judge/      scores.jsonl: one line a prompt, the candidates' scores
   round-1/pairs/      pairs.jsonl: best against worst, with the margin
   round-1/dpo/        model/
-  compare/            answers.jsonl, matches.jsonl, report.md, results.json
+  answers/            NAME.jsonl: every model's answers to the held-out prompts
+  compare/            matches.jsonl, report.md, results.json
 """
 
 from __future__ import annotations
@@ -263,15 +264,19 @@ class Alignment:
         assert compare is not None
         also = {name: source_fingerprint(path, None) for name, path in compare.also.items()}
         data = [(p.prompt, p.references) for p in self.held_out]
+        how = [compare.temperature, compare.max_tokens, config.sample.max_tokens, config.sample.top_p, list(models)]
+        answering = Stage(self.folder / "answers", fingerprint(before, also, data, how))
+        if not self._skip(answering, "answers"):
+            self._answers(answering, models)
         judged_by = [e.model_dump(mode="json") for e in compare.evaluators or config.judge.evaluators]
         settings = [compare.model_dump(mode="json"), judged_by, config.judge.model_dump(mode="json")]
-        stage = Stage(self.folder / "compare", fingerprint(before, also, data, settings, config.sample.max_tokens))
+        stage = Stage(self.folder / "compare", fingerprint(answering.inputs, settings))
         if self._skip(stage, "compare"):
             found = json.loads((stage.folder / "results.json").read_text(encoding="utf-8"))
             return list(found["win_rates"])
         stage.begin()
         names = list(models)
-        by_model = [self._greedy(stage, name, path) for name, path in models.items()]
+        by_model = [[row["answer"] for row in _answer_lines(answering, name).read()] for name in names]
         answers = [dict(zip(names, texts, strict=True)) for texts in zip(*by_model, strict=True)]
         referenced = all(p.references for p in self.held_out)
         protocol = load_protocol(compare.protocol or (config.judge.protocol if referenced else "base"))
@@ -308,21 +313,26 @@ class Alignment:
         self._finish(stage, "compare", {"matches": len(matches), "judged": sum(m.p is not None for m in matches)})
         return rows
 
-    def _greedy(self, stage: Stage, name: str, path: str) -> list[str]:
-        """One model's answers to the held-out prompts, kept on disk."""
+    def _answers(self, stage: Stage, models: dict[str, str]) -> None:
+        """Every model's answers to the held-out prompts."""
         compare, at_once = self.config.compare, self.config.sample.prompts_at_once
         assert compare is not None
-        lines = Lines(stage.folder / f"answers-{name}.jsonl")
-        start = lines.resume(at_once)
+        stage.begin()
         longest = compare.max_tokens or self.config.sample.max_tokens
-        with self._bar(f"compare: {name} answers", len(self.held_out), start) as advance:
-            for begin in range(start, len(self.held_out), at_once):
-                chunk = self.held_out[begin : begin + at_once]
-                seed = int(fingerprint(self.config.seed, "compare", begin)[:8], 16)
-                answers = self.models.answers(path, chunk, 1, compare.temperature, longest, seed)
-                lines.append([{"answer": texts[0]} for texts, _ in answers])
-                advance(len(chunk))
-        return [row["answer"] for row in lines.read()]
+        chars = {}
+        for name, path in models.items():
+            lines = _answer_lines(stage, name)
+            start = lines.resume(at_once)
+            with self._bar(f"answers: {name}", len(self.held_out), start) as advance:
+                for begin in range(start, len(self.held_out), at_once):
+                    chunk = self.held_out[begin : begin + at_once]
+                    seed = int(fingerprint(self.config.seed, "compare", begin)[:8], 16)
+                    answers = self.models.answers(path, chunk, 1, compare.temperature, longest, seed)
+                    lines.append([{"answer": texts[0], "cut_off": cut[0]} for texts, cut in answers])
+                    advance(len(chunk))
+            written = [row["answer"] for row in lines.read()]
+            chars[name] = sum(map(len, written)) / len(written)
+        self._finish(stage, "answers", {"prompts": len(self.held_out), "mean_chars": chars})
 
     # words
 
@@ -361,9 +371,13 @@ class _Bar:
         self.progress.stop()
 
 
+def _answer_lines(stage: Stage, name: str) -> Lines:
+    return Lines(stage.folder / f"{name}.jsonl")
+
+
 def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}"
     if isinstance(value, dict):
-        return "(" + ", ".join(f"{v} {k}" for k, v in value.items()) + ")"
+        return "(" + ", ".join(f"{_short(v)} {k}" for k, v in value.items()) + ")"
     return str(value)

@@ -15,8 +15,8 @@ from rlme.config import EvaluatorConfig
 from rlme.evaluators.base import Evaluator
 from rlme.evaluators.build import STYLES, build_evaluators
 from rlme.evaluators.local import LocalEvaluator
-from rlme.models import load_model
-from rlme.sampling import sample
+from rlme.models import fast_bfloat16, load_model
+from rlme.sampling import sample, weights_in
 
 
 class RunModels:
@@ -44,7 +44,7 @@ class RunModels:
             top_p=self.config.sample.top_p if temperature > 0 else 1.0,
             eos_token_ids=sorted(ends),
             seed=seed,
-            dtype=torch.bfloat16 if torch.cuda.is_available() else None,
+            dtype=_arithmetic(),
         )
         return [
             (
@@ -56,8 +56,9 @@ class RunModels:
 
     def evaluators(self, configs: Sequence[EvaluatorConfig], live: str, frozen: str) -> list[Evaluator]:
         """The configured judges; `live` and `frozen` are the policies at those places."""
-        longest = self.config.judge.judging.max_context_tokens
-        options: dict[str, Any] = {"token_budget": self.config.token_budget, "max_context_tokens": longest}
+        judging = self.config.judge.judging
+        options: dict[str, Any] = {"token_budget": self.config.token_budget}
+        options["max_context_tokens"] = judging.max_context_tokens
 
         def policy(spec: EvaluatorConfig) -> Evaluator:
             model = self._model(live if spec.model == "live" else frozen)
@@ -65,10 +66,10 @@ class RunModels:
             return LocalEvaluator(lambda: _reading(model), self.tokenizer, name=spec.label, chat=chat, **options)
 
         if any(c.model in ("live", "frozen") for c in configs):
-            return build_evaluators(configs, policy, **options)
+            return build_evaluators(configs, policy, cache=judging, **options)
         key = repr(configs)
         if key not in self._others:  # the same in every round
-            self._others[key] = build_evaluators(configs, **options)
+            self._others[key] = build_evaluators(configs, cache=judging, **options)
         return self._others[key]
 
     def trainable(self, source: str) -> Any:
@@ -93,6 +94,11 @@ class RunModels:
 
 @contextmanager
 def _reading(model: Any) -> Iterator[Any]:
-    """Weights stay as training needs them (float32); on a GPU, judging computes in bfloat16."""
-    with torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available()):
+    """Weights stay as training needs them (float32); judging computes like sampling."""
+    with weights_in(model, _arithmetic()):
         yield model
+
+
+def _arithmetic() -> torch.dtype | None:
+    """bfloat16 where the hardware has it; None: as the weights are."""
+    return torch.bfloat16 if fast_bfloat16() else None

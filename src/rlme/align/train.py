@@ -19,6 +19,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from rlme.align.config import AlignConfig, DPOStage, SFTStage
 from rlme.align.pairs import Pair
 from rlme.errors import InputError
+from rlme.models import default_device, fast_bfloat16
 
 Example = dict[str, Any]
 # Arguments that keys of the stage set; under `trl:` they would contradict them.
@@ -99,7 +100,8 @@ def _settings(config: AlignConfig, stage: SFTStage | DPOStage, folder: Path, exa
         "report_to": "none",
         "dataloader_pin_memory": torch.cuda.is_available(),
         "disable_tqdm": True,
-        "bf16": torch.cuda.is_available(),
+        "bf16": fast_bfloat16(),
+        "use_cpu": default_device().type == "cpu",  # Transformers wants this said before it allows bfloat16 there
         "gradient_checkpointing": stage.gradient_checkpointing,
     }
 

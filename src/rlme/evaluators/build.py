@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from rlme.config import EvaluatorConfig, JudgingConfig, QuestionConfig, TemplateConfig
@@ -19,11 +20,14 @@ Self = Callable[[EvaluatorConfig], Evaluator]
 """Gives the policy as an evaluator, `live` or `frozen`, where there is a policy."""
 
 
-def build_evaluators(specs: Sequence[EvaluatorConfig], policy: Self | None = None, **options: Any) -> list[Evaluator]:
+def build_evaluators(
+    specs: Sequence[EvaluatorConfig], policy: Self | None = None, *, cache: JudgingConfig | None = None, **options: Any
+) -> list[Evaluator]:
     """One evaluator per entry, in order, under the names that tables show.
 
-    `options`: `max_context_tokens`, the longest context any of them is given (None: its own limit), and `token_budget`
-    and `share` of those in this process.
+    `cache`: where answers are kept, if it says so; never those of the policy, whose weights change. `options`:
+    `max_context_tokens`, the longest context any of them is given (None: its own limit), and `token_budget` and `share`
+    of those in this process.
 
     Raises:
         InputError: two entries of one name; `live` or `frozen` where there is no policy; a model that cannot be had.
@@ -31,11 +35,29 @@ def build_evaluators(specs: Sequence[EvaluatorConfig], policy: Self | None = Non
     names = [spec.label for spec in specs]
     if duplicate := next((n for n in names if names.count(n) > 1), None):
         raise InputError(f"two evaluators are called {duplicate!r}: give one of them another `name`")
-    return [build_evaluator(spec, policy, **options) for spec in specs]
+    return [build_evaluator(spec, policy, cache=cache, **options) for spec in specs]
 
 
-def build_evaluator(spec: EvaluatorConfig, policy: Self | None = None, **options: Any) -> Evaluator:
+def build_evaluator(
+    spec: EvaluatorConfig, policy: Self | None = None, *, cache: JudgingConfig | None = None, **options: Any
+) -> Evaluator:
     """The evaluator of one entry of the file."""
+    if spec.model in ("live", "frozen"):
+        if policy is None:
+            raise InputError(f"evaluator {spec.model!r} is a policy in training; name a model or an endpoint here")
+        return policy(spec)
+    evaluator = _fixed_evaluator(spec, **options)
+    if cache is None or cache.cache is None:
+        return evaluator
+    from rlme.evaluators.cache import CachedEvaluator, JudgeCache, model_identity
+
+    file = JudgeCache(Path(cache.cache), max_bytes=cache.cache_mb * 2**20)
+    identity = getattr(evaluator, "identity", None) or model_identity(str(spec.model), spec.revision)
+    precision = "4bit" if spec.load_in_4bit else spec.dtype
+    return CachedEvaluator(evaluator, file, identity=f"{identity} {precision}")
+
+
+def _fixed_evaluator(spec: EvaluatorConfig, **options: Any) -> Evaluator:
     chat = STYLES[spec.style]
     if spec.endpoint is not None:
         from rlme.evaluators.endpoint import EndpointEvaluator
@@ -43,10 +65,6 @@ def build_evaluator(spec: EvaluatorConfig, policy: Self | None = None, **options
         longest = options.get("max_context_tokens")
         return EndpointEvaluator(spec.endpoint, name=spec.label, chat=chat, max_context_tokens=longest)
     assert spec.model is not None
-    if spec.model in ("live", "frozen"):
-        if policy is None:
-            raise InputError(f"evaluator {spec.model!r} is a policy in training; name a model or an endpoint here")
-        return policy(spec)
     return model_evaluator(
         spec.model,
         name=spec.label,

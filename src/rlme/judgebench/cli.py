@@ -154,7 +154,9 @@ def _judge(settings: Any, folder: Path | None, console: Console) -> list[Run]:
         load_protocol(name)
     sets = load_sets(settings)  # read before a model is loaded
     _quiet()
-    evaluators = build_evaluators(settings.judges, max_context_tokens=settings.judging.max_context_tokens)
+    evaluators = build_evaluators(
+        settings.judges, cache=settings.judging, max_context_tokens=settings.judging.max_context_tokens
+    )
     jobs = list(plan(settings, sets, evaluators))
     made = _earlier(folder)
     left = [job for job in jobs if job.inputs not in made]
@@ -200,7 +202,9 @@ def _earlier(folder: Path | None) -> dict[str, Run]:
 
 
 def _show(result: dict[str, Any], console: Console) -> None:
+    """Tables; one that is wider than the terminal as a paragraph for each row, so that nothing is cut off."""
     from rich.table import Table
+    from rich.text import Text
 
     from rlme.judgebench.report import tables
 
@@ -210,7 +214,13 @@ def _show(result: dict[str, Any], console: Console) -> None:
             table.add_column(name)
         for row in rows:
             table.add_row(*(_plain(cell) for cell in row))
-        console.print(table)
+        if console.measure(table).maximum <= console.width:
+            console.print(table)
+            continue
+        console.print(Text(f"\n{title}", style="italic"))
+        for row in rows:
+            parts = [Text.assemble((f"{n} ", "dim"), cell) for n, cell in zip(names, row, strict=True) if cell]
+            console.print(Text(" · ", style="dim").join(parts))
 
 
 def _plain(text: str) -> str:

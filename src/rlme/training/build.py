@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any, cast
 
 from rlme.align.judge import PairwiseJudge
@@ -15,7 +14,6 @@ from rlme.data import PromptSet, build_prompts, load_rows
 from rlme.errors import InputError
 from rlme.evaluators.base import Evaluator
 from rlme.evaluators.build import STYLES, build_evaluator, make_judging, make_questions, named_evaluator
-from rlme.evaluators.cache import CachedEvaluator, JudgeCache, model_identity
 from rlme.reward import MetaReward, anchored_rows
 
 
@@ -55,12 +53,7 @@ def make_evaluator(spec: EvaluatorConfig, config: Config) -> Evaluator:
         # resumed run must not freeze the weights it resumes with.
         own = {"model": config.model.path, "revision": config.model.revision, "name": spec.label}
         spec = spec.model_copy(update={**own, "trust_remote_code": config.model.trust_remote_code})
-    evaluator = build_evaluator(share_of(spec), **judge_options(config))
-    if config.judging.cache is None:
-        return evaluator
-    cache = JudgeCache(Path(config.judging.cache), max_bytes=config.judging.cache_mb * 2**20)
-    identity = getattr(evaluator, "identity", None) or model_identity(str(spec.model), spec.revision)
-    return CachedEvaluator(evaluator, cache, identity=f"{identity} {spec.dtype}")
+    return build_evaluator(share_of(spec), cache=config.judging, **judge_options(config))
 
 
 def share_of(spec: EvaluatorConfig) -> EvaluatorConfig:

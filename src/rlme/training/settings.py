@@ -6,12 +6,11 @@ import dataclasses
 import difflib
 from typing import Any
 
-import torch
 from trl import GRPOConfig
 
 from rlme.config import Config
 from rlme.errors import InputError
-from rlme.models import default_device
+from rlme.models import default_device, fast_bfloat16
 from rlme.training.run_folder import RunFolder
 
 # Arguments of TRL that our own keys set; asking for them under `trl:` names the key to use.
@@ -47,11 +46,6 @@ _OURS = {
     "resume_from_checkpoint": "rlme train --resume",
     "reward_weights": "questions and evaluators (their weights)",
 }
-
-
-def fast_bfloat16() -> bool:
-    """Whether this machine multiplies bfloat16 matrices in hardware: a GPU, or a CPU with AVX512-BF16."""
-    return torch.cuda.is_available() or bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
 
 
 def trl_arguments(config: Config, folder: RunFolder, *, processes: int = 1) -> GRPOConfig:
