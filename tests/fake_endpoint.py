@@ -217,7 +217,8 @@ class _Fake(_Handler):
             "completion_tokens": request["max_tokens"],
             "prompt_tokens_details": {"cached_tokens": len(ids) // 2},
         }
-        self.reply(200, {"choices": [{"index": 0, "logprobs": logprobs, **answer}], "usage": usage})
+        counted = {"usage": usage} if s.counts else {}
+        self.reply(200, {"choices": [{"index": 0, "logprobs": logprobs, **answer}], **counted})
 
 
 FAULTS = (
@@ -352,7 +353,7 @@ def fake_endpoint(
 ) -> Iterator[Any]:
     """A running server: `.url`, `.calls` by path, `.bodies`, `.most_active`; set `.delay` (s) or `.cut_at` (tokens)."""
     state: dict[str, Any] = {"calls": Counter(), "bodies": [], "started": [], "active": 0, "most_active": 0}
-    more: dict[str, Any] = {"delay": 0.0, "cut_at": None, "leading": ""}
+    more: dict[str, Any] = {"delay": 0.0, "cut_at": None, "leading": "", "counts": True}
     with _running(_Fake, dialect=dialect, models=models, key=key, **more, **state) as server:
         yield server
 

@@ -387,6 +387,17 @@ def test_cost_is_counted_and_capped() -> None:
         judge.close()
 
 
+def test_a_server_that_does_not_count_is_not_free() -> None:
+    with fake.fake_endpoint("vllm_ids") as server:
+        server.counts = False
+        judge = evaluator(server, prices=Prices(input=10.0), max_cost=0.01)
+        (answer,) = judge.logprobs([ask(f"{0:099}", "YES")])
+        assert (answer.tokens_in, answer.tokens_cached, answer.tokens_out) == (99, 0, 1)
+        with pytest.raises(RunStopped, match="max_cost"):
+            judge.logprobs([ask(f"{i:099}", "YES") for i in range(50)])
+        judge.close()
+
+
 def test_tokens_are_estimated_before_they_are_spent(token_server: Any) -> None:
     judge = evaluator(token_server, prices=Prices(input=1.0))
     requests = [ask("Rate it:", "10", "12", "1x"), ask("Right?", "YES", "NO")]

@@ -42,10 +42,10 @@ class EndpointConfig(BaseModel):
     api_key_env: str | None = None
     """Name of the environment variable with the key. The key itself never stands in a file."""
     concurrency: int = Field(16, ge=1, le=4096)
-    """Requests under way at the same time. A request's own calls, and neighbours that share most of their text, follow
-    each other, so that they find the server's prefix cache warm."""
+    """Requests under way at the same time (of all processes of a run). A request's own calls, and neighbours that share
+    most of their text, follow each other, so that they find the server's prefix cache warm."""
     requests_per_minute: float | None = Field(None, gt=0)
-    """Calls started per minute, evenly spaced. Default: no limit."""
+    """Calls started per minute by all processes of a run, evenly spaced. Default: no limit."""
     tokens_per_minute: float | None = Field(None, gt=0)
     """Prompt and generated tokens per minute, evenly spaced. Default: no limit."""
     deadline: float = Field(60.0, gt=0)
@@ -61,7 +61,8 @@ class EndpointConfig(BaseModel):
     prices: Prices = Prices()
     """Price per million tokens: {input, cached_input, output}."""
     max_cost: float | None = Field(None, gt=0)
-    """The run stops, with its state saved, before it spends more than this (in the currency of `prices`)."""
+    """The run stops, with its state saved, before it spends more than this (in the currency of `prices`). What it spent
+    before a resume counts."""
     extra_body: dict[str, Any] = {}
     """Further fields sent with every call, for what only your server knows, e.g. `{cache_prompt: false}`."""
 
