@@ -143,10 +143,11 @@ def peer_reward(models: list[Any], tokenizer: Any, questions: list[str], batch_s
         scores = [0.0] * len(ids)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         for model in models:
+            own = model.dtype == torch.float32  # the policy judging itself
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
                 batch = tokenizer.pad({"input_ids": [ids[i] for i in rows]}, padding_side="left", return_tensors="pt")
-                with torch.no_grad():
+                with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=own):
                     logits = model(**batch.to(model.device), logits_to_keep=len(target), use_cache=False).logits
                 wanted = torch.tensor(target, device=logits.device).expand(len(rows), -1)
                 logps = logits.float().log_softmax(-1).gather(-1, wanted[..., None])[..., 0].sum(-1)
@@ -161,7 +162,8 @@ def peer_reward(models: list[Any], tokenizer: Any, questions: list[str], batch_s
 def build(side: str, workload: Workload, model_name: str, folder: str, steps: int, stages: Stages) -> Any:
     tokenizer = load_tokenizer(model_name)
     policy = load_model(model_name)
-    evaluators = [load_model(model_name, dtype="bfloat16") for _ in range(workload.evaluators)]
+    copies = 0 if workload.live else workload.evaluators
+    evaluators = [load_model(model_name, dtype="bfloat16") for _ in range(copies)]
     questions = list(QUESTIONS[: workload.questions])
     dataset = Dataset.from_list([{"prompt": messages} for messages in workload.messages(tokenizer)])
     for model in (policy, *evaluators):
@@ -170,9 +172,9 @@ def build(side: str, workload: Workload, model_name: str, folder: str, steps: in
     trainer: Any
     rows = workload.prompts * workload.group
     if side == "peer":
-        # The fastest settings found on the machine of BENCHMARKS.md: 8 rows at a time, in training and judging.
+        # TRL's default batch of 8 rows, in training and in judging: much more does not fit into a laptop's memory.
         batch = min(8, rows)
-        reward = peer_reward(evaluators, tokenizer, questions, batch_size=8)
+        reward = peer_reward(evaluators or [policy], tokenizer, questions, batch_size=8)
         trainer = GRPOTrainer(
             policy,
             reward_funcs=[reward],
@@ -181,13 +183,19 @@ def build(side: str, workload: Workload, model_name: str, folder: str, steps: in
         )
     else:
         share = side == "ours"
-        judges = [
+        judges: list[Any] = [
             LocalEvaluator(model, tokenizer, name=f"frozen{i}", chat=False, share=share, token_budget=TOKEN_BUDGET)
             for i, model in enumerate(evaluators)
         ]
         trainer = RLMETrainer(
             policy,
-            MetaReward(questions, judges, judging=Judging("paper", "marker")),
+            MetaReward(
+                questions,
+                judges or ["live"],
+                judging=Judging("paper", "marker"),
+                token_budget=TOKEN_BUDGET,
+                share_prefixes=share,
+            ),
             share_prefixes=share,
             token_budget=TOKEN_BUDGET,
             args=arguments(workload, folder, steps=steps, micro_batch=rows if share else min(8, rows)),

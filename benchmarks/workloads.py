@@ -43,6 +43,7 @@ class Workload:
     completion_tokens: int = 96
     questions: int = 3
     evaluators: int = 1
+    live: bool = False  # the policy itself judges, with its current weights, instead of frozen copies
 
     def messages(self, tokenizer: Any) -> list[list[dict[str, str]]]:
         """Prompts as chats; longer ones are filled up at the front, cut to length in tokens."""
@@ -63,8 +64,6 @@ WORKLOADS = {
     w.name: w
     for w in (
         Workload("w1"),
-        Workload("w1-k1", questions=1),
-        Workload("w1-k8", questions=8),
         Workload("prompt-64", prompt_tokens=64, **_SMALL),
         Workload("prompt-256", prompt_tokens=256, **_SMALL),
         Workload("prompt-1024", prompt_tokens=1024, **_SMALL),
@@ -73,6 +72,7 @@ WORKLOADS = {
         Workload("group-16", group=16, **_SMALL),
         Workload("questions-1", questions=1, **_SMALL),
         Workload("questions-8", questions=8, **_SMALL),
+        Workload("live", live=True, **_SMALL),
         Workload("evaluators-2", evaluators=2, **_SMALL),
         Workload("evaluators-3", evaluators=3, **_SMALL),
     )

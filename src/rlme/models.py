@@ -80,6 +80,8 @@ def _lab_model(name: str) -> Path:
     folder = models / name.removeprefix("builtin:")
     if not (folder / "config.json").is_file():
         known = [f"builtin:{path.name}" for path in sorted(models.glob("lab*"))]
+        if not known:
+            raise InputError(f"model {name!r}: not built yet; `rlme lab build --out {models}` trains the lab's models.")
         raise InputError(f"model {name!r}: not built in{nearest(name, known)}; there are {', '.join(known)}.")
     return folder
 
