@@ -285,8 +285,9 @@ def test_what_cannot_be_served_is_refused(content: dict[str, Any], message: str)
         validate(ServeConfig, content, "serve.yaml")
 
 
-def test_what_an_endpoint_cannot_answer_is_refused_at_the_start() -> None:
-    from rlme.serve.config import check_labels, make_evaluators
+@pytest.mark.parametrize("cached", [False, True])
+def test_what_an_endpoint_cannot_answer_is_refused_at_the_start(cached: bool, tmp_path: Path) -> None:
+    from rlme.serve.config import check_labels, make_evaluators, make_reward
     from tests.fake_endpoint import fake_endpoint
 
     with fake_endpoint("hosted") as endpoint:
@@ -296,10 +297,18 @@ def test_what_an_endpoint_cannot_answer_is_refused_at_the_start() -> None:
             ({"template": "judge", "readout": "marker"}, "cannot spell the label"),
             ({"template": "judge", "readout": "yes_no"}, None),
         ):
-            config = validate(ServeConfig, {**content, "judging": judging}, "serve.yaml")
+            cache = {"cache": str(tmp_path / "judge.sqlite")} if cached else {}
+            config = validate(ServeConfig, {**content, "judging": judging | cache}, "serve.yaml")
             evaluators = make_evaluators(config)
+            assert "one-token labels" in evaluators[0].summary  # type: ignore[attr-defined]
             if message is None:
                 check_labels(config, evaluators)
+                calls = []
+                for _ in range(2):
+                    rewards = make_reward(config, evaluators).score(["Why?"], ["Because."])
+                    calls.append(endpoint.calls.total())
+                    assert rewards[0] is not None and rewards[0] < 0
+                assert (calls[0] == calls[1]) is cached
             else:
                 with pytest.raises(InputError, match=message):
                     check_labels(config, evaluators)

@@ -65,8 +65,9 @@ class ServeConfig(Section):
 
 
 def make_evaluators(config: ServeConfig) -> list[Evaluator]:
-    """Load the models and probe the endpoints."""
-    return build_evaluators(config.evaluators, max_context_tokens=config.judging.max_context_tokens)
+    """Load the models and probe the endpoints; `judging.cache` keeps their answers."""
+    longest = config.judging.max_context_tokens
+    return build_evaluators(config.evaluators, cache=config.judging, max_context_tokens=longest)
 
 
 def make_reward(config: ServeConfig, evaluators: list[Evaluator]) -> MetaReward:
