@@ -12,12 +12,14 @@ import pytest
 from pydantic import ValidationError
 
 from rlme.errors import InputError, RunStopped
-from rlme.evaluators import endpoint_tokens
+from rlme.evaluators import endpoint_probe, endpoint_tokens
 from rlme.evaluators.base import Evaluator
 from rlme.evaluators.endpoint import EndpointEvaluator, families
 from rlme.evaluators.endpoint_config import EndpointConfig, Prices
 from rlme.evaluators.endpoint_wire import CallFailed, NextTokens, read_named_tokens
 from rlme.judgement import Failure, Message, Request
+from rlme.judging import Judging
+from rlme.reward import MetaReward, judgement_metrics
 from tests import fake_endpoint as fake
 
 LABELS = ("YES", "Yes", " yes", "NO", "No", " no")
@@ -250,6 +252,23 @@ def test_a_label_outside_the_list_is_a_failure_or_a_marked_bound() -> None:
                     assert value > true if bounded else value == pytest.approx(true)
         failing.close()
         bounding.close()
+
+
+def test_a_bounded_judgement_is_marked_in_the_rows_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint_probe, "TOPS", (8,))
+    with fake.fake_endpoint("vllm") as server:
+        judge = evaluator(server, missing_label="bound")
+        reward = MetaReward({"q": "Is it right?"}, [judge], judging=Judging("reply", "yes_no"))
+        rewards = reward.score(["Why?"] * 80, [f"Because of {i}." for i in range(80)])
+        marked = [row["judgements"][0]["bounded"] for row in reward.rows]
+        assert None not in rewards and 0 < sum(marked) < 80
+        assert judgement_metrics(reward.rows)["judge/tiny/q/bounded"] == sum(marked)
+        exact = next(row for row, mark in zip(reward.rows, marked, strict=True) if not mark)
+        failing = evaluator(server)
+        same = MetaReward({"q": "Is it right?"}, [failing], judging=reward.judging)
+        assert same.score(["Why?"], [exact["completion"]]) == [exact["reward"]]
+        judge.close()
+        failing.close()
 
 
 def test_a_missing_spelling_is_no_missing_label_when_it_cannot_matter() -> None:
