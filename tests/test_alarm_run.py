@@ -44,7 +44,7 @@ def test_it_warns_and_the_checkpoint_from_before_and_the_best_one_stay(
     assert collapse(tmp_path, tiny_policy_dir, monkeypatch) == 0
     metrics = {m["step"]: m for m in read_metrics(tmp_path / "run")}
     assert [step for step, m in metrics.items() if "alarm" in m] == [FALL]
-    assert "gold/accuracy fell from 0.902" in metrics[FALL]["alarm"]
+    assert "gold accuracy fell from 0.902" in metrics[FALL]["alarm"]
     assert "Prefer the checkpoint of step 6." in metrics[FALL]["alarm"]
     assert f"alarm at step {FALL}" in capsys.readouterr().out
     best = json.loads((tmp_path / "run" / "best.json").read_text())

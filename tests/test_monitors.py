@@ -234,8 +234,8 @@ def test_alarm_rings_once_per_metric_and_names_both() -> None:
         said.append(alarm.update(step, -1.0 / step, {GOLD: value, "judge/big/q/probability": value}))
     sentences = [sentence for sentence in said if sentence]
     assert len(sentences) == 1
-    assert GOLD in sentences[0]
-    assert "judge/big/q/probability" in sentences[0]
+    assert "gold accuracy fell" in sentences[0]
+    assert "question 'q' by big fell" in sentences[0]
     assert alarm.before == 19
 
 

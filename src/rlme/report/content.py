@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Literal
 
 from rlme.report.run import Run
-from rlme.training.monitors import GOLD, best_step
+from rlme.training.monitors import GOLD, best_step, spoken
 
 WINDOW = 20
 """Steps that "now" and "at the start" are averaged over."""
@@ -281,8 +281,7 @@ def findings(run: Run) -> list[Finding]:
         key, measured = best
         step = best_step(measured)
         if step is not None:
-            _, *evaluator, question, _ = key.split("/") if key != GOLD else ("", "", "", "")
-            what = "gold accuracy" if key == GOLD else f"question {question!r} by {'/'.join(evaluator)}"
+            what = spoken(key)
             said.append(
                 Finding(
                     "info",

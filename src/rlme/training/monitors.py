@@ -259,7 +259,7 @@ class Alarm:
             if rises and fall is not None and name not in self._fired:
                 best, last_good, now = fall
                 self._fired[name] = last_good
-                falls.append(f"{name} fell from {best:.3f} (up to step {last_good}) to {now:.3f}")
+                falls.append(f"{spoken(name)} fell from {best:.3f} (up to step {last_good}) to {now:.3f}")
         if not falls:
             return None
         return (
@@ -320,6 +320,14 @@ def replay(alarm: Alarm, records: Iterable[Mapping[str, Any]], names: Sequence[s
             record.get("reward"),
             {name: record[f"eval/{name}"] for name in names if record.get(f"eval/{name}") is not None},
         )
+
+
+def spoken(key: str) -> str:
+    """A held-out number's name in a sentence: gold accuracy, or question 'correct' by qwen."""
+    if key == GOLD:
+        return "gold accuracy"
+    parts = key.split("/")  # an evaluator's name may hold a slash, too
+    return f"question {parts[-2]!r} by {'/'.join(parts[1:-2])}" if parts[0] == "judge" else key
 
 
 def best_metric(heldout: Mapping[str, float]) -> str | None:
