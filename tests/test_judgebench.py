@@ -2,11 +2,13 @@
 
 import json
 import math
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import typer
+from rich.console import Console
 from sklearn.metrics import brier_score_loss, roc_auc_score
 from typer.testing import CliRunner
 
@@ -15,7 +17,7 @@ from rlme.align.protocols import PROTOCOLS
 from rlme.errors import InputError
 from rlme.judgebench import metrics as m
 from rlme.judgebench.analysis import analyse, summary
-from rlme.judgebench.cli import judge_bench
+from rlme.judgebench.cli import _show, judge_bench
 from rlme.judgebench.items import BenchSet, PairItem, load_set
 from rlme.judgebench.report import markdown, page
 from rlme.judgebench.run import Record, Run, judge_pairs, judge_points, load_recorded, save_records
@@ -369,6 +371,19 @@ def test_reports_are_self_contained_and_escape_what_they_show():
     for line in text.splitlines():
         if line.startswith("| "):
             assert line.endswith(" |")
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_a_terminal_of_any_width_shows_every_word(width):
+    records = tuple(Record(i, str(i), bool(i % 2), (3, 4), 0.7, 0.2, mass=0.9) for i in range(6))
+    result = analyse(
+        [Run("pairs", "a-judge-with-a-name[/]", name, records, pairwise=True) for name in "ab"], resamples=10
+    )
+    console = Console(file=StringIO(), width=width)
+    _show(result, console)
+    text = " ".join(console.file.getvalue().split())
+    assert "…" not in text and "a-judge-with-a-name[/]" in text
+    assert ("accuracy (mean of both orders) 50.0" in text) == (width == 80)
 
 
 def test_the_command_with_a_model(tmp_path, tiny_policy_dir):

@@ -214,7 +214,8 @@ def _show(result: dict[str, Any], console: Console) -> None:
             table.add_column(name)
         for row in rows:
             table.add_row(*(_plain(cell) for cell in row))
-        if console.measure(table).maximum <= console.width:
+        wide = console.options.update(max_width=10_000)
+        if console.measure(table, options=wide).maximum <= console.width:
             console.print(table)
             continue
         console.print(Text(f"\n{title}", style="italic"))
