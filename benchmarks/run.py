@@ -22,7 +22,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from workloads import WORKLOADS
+from workloads import ALONE, WORKLOADS
 
 HERE = Path(__file__).resolve().parent
 STAGES = ("sample", "judge", "update", "step")
@@ -44,6 +44,13 @@ def run_side(side: str, workload: str, options: argparse.Namespace, *extra: str)
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
+
+
+def sides_of(name: str, *, alone: bool) -> tuple[str, ...]:
+    """Who runs a workload; `alone`: it is the only one asked for."""
+    if name in ALONE:
+        return ("ours",)
+    return ("ours", "peer", "off") if name == "w1" and not alone else ("ours", "peer")
 
 
 def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -130,7 +137,7 @@ def document(results: dict[str, dict[str, Any]], profiles: dict[str, Any], optio
     w1 = results["w1"]
     packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "trl"))
     clock = "wall clock" if options.clock == "wall" else "processor time of the process"
-    one, eight = (results[f"questions-{k}"]["stages"]["judge"]["ours_s"] for k in (1, 8))
+    one, eight = (results[name]["stages"]["judge"]["ours_s"] for name in ALONE)
     growth = (eight - one) / 7 / one
     kinds = list(dict.fromkeys(kind for shares in profiles.values() for kind in shares))
     profile = ["| stage | " + " | ".join(kinds) + " |", "|" + "---|" * (1 + len(kinds))]
@@ -141,13 +148,14 @@ def document(results: dict[str, dict[str, Any]], profiles: dict[str, Any], optio
         f"{w.completion_tokens} tokens each, {w.questions} questions to "
         f"{'the policy itself' if w.live else f'{w.evaluators} frozen copies'}"
         for name, w in WORKLOADS.items()
-        if name in results
+        if name in results and name not in ALONE
     )
     return f"""# Benchmarks
 
 Written by `python benchmarks/run.py`; do not edit. Machine: {processor()}, {os.cpu_count()} cores; {packages};
 model {options.model}; {clock}, {options.threads or "all"} threads; medians of {options.repeats} x {options.steps}
-steps, sides in turns. bfloat16 matrix products were measured at {w1["matmul_gflops"]:.0f} GFLOP/s.
+steps (w1; of the others {options.steps}), sides in turns. bfloat16 matrix products were measured at
+{w1["matmul_gflops"]:.0f} GFLOP/s.
 
 *Ours* is `RLMETrainer`. *TRL* is `GRPOTrainer` with a reward function as a careful user writes it: batched by length,
 evaluator in bfloat16, logits of the label positions only, bfloat16 autocast, no gradient checkpointing, TRL's default
@@ -164,7 +172,7 @@ The last column supposes our tokens at the whole measured matrix rate and nothin
 better without computing fewer tokens. In judging, each answer is read once, but every question's own words (and its
 label's) are new; with three questions that alone bounds the ratio of tokens.
 
-A further question adds {100 * growth:.1f} % to the judging time of the first (workloads questions-1 and questions-8).
+A further question adds {100 * growth:.1f} % to the judging time of the first (w1 with 1 and with 8).
 
 ## What is left
 
@@ -177,7 +185,7 @@ is what better kernels could still remove.
 
 ## Other workloads: TRL's time over ours
 
-{ratio_table(results)}
+{ratio_table({name: summary for name, summary in results.items() if name not in ALONE})}
 {workloads}
 """
 
@@ -200,7 +208,7 @@ def main() -> None:
         (name, repeat, side)
         for name in chosen
         for repeat in range(options.repeats if name == "w1" or options.workload else 1)
-        for side in (("ours", "peer", "off") if name == "w1" and not options.workload else ("ours", "peer"))
+        for side in sides_of(name, alone=options.workload is not None)
     ]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
@@ -218,7 +226,7 @@ def main() -> None:
     if options.json:
         options.json.write_text(json.dumps({"workloads": results, "profiles": profiles}, indent=2) + "\n")
     if options.workload:
-        print(stage_table(results[options.workload], ("ours", "peer")))
+        print(stage_table(results[options.workload], sides_of(options.workload, alone=True)))
     else:
         (HERE.parent / "BENCHMARKS.md").write_text(document(results, profiles, options))
         print(f"wrote {HERE.parent / 'BENCHMARKS.md'}")

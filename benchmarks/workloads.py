@@ -59,11 +59,14 @@ class Workload:
         return [[{"role": "user", "content": text}] for text in texts]
 
 
+ALONE = ("w1-k1", "w1-k8")
 _SMALL = {"prompts": 2, "completion_tokens": 64}
 WORKLOADS = {
     w.name: w
     for w in (
         Workload("w1"),
+        Workload("w1-k1", questions=1),  # these two: our side alone, for what a further question costs
+        Workload("w1-k8", questions=8),
         Workload("prompt-64", prompt_tokens=64, **_SMALL),
         Workload("prompt-256", prompt_tokens=256, **_SMALL),
         Workload("prompt-1024", prompt_tokens=1024, **_SMALL),
