@@ -126,6 +126,7 @@ def _charts(arms: Sequence[Arm]) -> list[Chart]:
         *((f"{e}: {q}, held-out prompts", f"eval/judge/{e}/{q}/probability", True) for e, q in pairs),
         ("Right above wrong, within a group", "gold/within_group_auroc", True),
         ("Length", "completions/mean_tokens", False),
+        ("Distance from the start", "eval/kl_to_start", False),
         ("Distinct in a group", "completions/distinct", True),
         ("Address the evaluator", "completions/addresses_evaluator", True),
         ("Seconds of a step", "time/step", False),

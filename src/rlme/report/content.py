@@ -164,13 +164,13 @@ def charts(run: Run) -> list[Chart]:
             [s for i, (key, name) in enumerate(shape_keys.items()) for s in _series(run, key, name, group=i)],
             share=True,
         ),
+        Chart("Entropy", "nats per token of the policy's choices", list(_series(run, "entropy", "entropy", group=0))),
         Chart(
-            "Entropy and distance from the start",
-            "nats per token; distance: KL between the starting model and now",
+            "Distance from the start",
+            "KL between the starting model and now, nats per token",
             [
-                *_series(run, "entropy", "entropy", group=0),
-                *_series(run, "kl", "distance, training batch", group=1),
-                *_series(run, "eval/kl_to_start", "distance, held-out prompts", group=1, points=True),
+                *_series(run, "kl", "training batch", group=0),
+                *_series(run, "eval/kl_to_start", "held-out prompts", group=0, points=True),
             ],
         ),
         Chart(

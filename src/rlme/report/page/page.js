@@ -211,7 +211,8 @@ for (const spend of data.spending) {
   const rows = el("tbody");
   spend.rows.forEach(([name, value, share, note], i) => {
     if (share !== null) { const part = el("div", { title: `${name}: ${value}` }); part.style.width = `${share * 100}%`; part.style.background = colour(i); bar.append(part); }
-    const dot = el("span", { class: "dot" }); if (share !== null) dot.style.background = colour(i);
+    const dot = share === null ? null : el("span", { class: "dot" });
+    if (dot) dot.style.background = colour(i);
     rows.append(el("tr", {}, el("td", {}, dot, name), el("td", { class: "n", text: value }), el("td", { class: "n", text: share === null ? "" : `${(share * 100).toFixed(1)} %` }), el("td", { class: "n", text: note })));
   });
   $("spending-cards").append(el("div", { class: "card" }, el("h3", { text: spend.title }), bar.children.length ? bar : null, el("div", { class: "scroll" }, el("table", {}, rows))));
