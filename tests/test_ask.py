@@ -213,6 +213,21 @@ def test_gold_labels_completions_and_stays_hidden(tmp_path: Path) -> None:
     assert all("answer" not in c.sample.columns for c in group)
 
 
+def test_completions_without_a_known_answer_are_neither_right_nor_wrong(tmp_path: Path) -> None:
+    source = rows(tmp_path, {"question": "1 + 1?", "text": "2"}, {"question": "2 + 2?", "text": "4"})
+    assert [c.right for g in read_candidates(config(answer="answer"), source, completion="text") for c in g] == [
+        None
+    ] * 2
+    source = rows(
+        tmp_path,
+        {"question": "1 + 1?", "text": "2", "answer": "2"},
+        {"question": "2 + 2?", "text": "4", "answer": None},
+    )
+    groups = read_candidates(config(answer="answer"), source, completion="text")
+    assert [c.right for g in groups for c in g] == [True, None]
+    assert all("answer" not in c.sample.columns for g in groups for c in g)
+
+
 @pytest.mark.parametrize(
     "record, label, message",
     [

@@ -177,7 +177,7 @@ def test_the_command_end_to_end(tmp_path: Path, tiny_policy_dir: Path) -> None:
     app.command()(select_command)
 
     def invoke(*arguments: str) -> Any:
-        return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"})
+        return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "80"})
 
     path = write_config(tmp_path, tiny_policy_dir)
     source = tmp_path / "answers.jsonl"
@@ -193,6 +193,7 @@ def test_the_command_end_to_end(tmp_path: Path, tiny_policy_dir: Path) -> None:
         "--json", str(tmp_path / "t.json"), "--output", str(tmp_path / "o.jsonl"),
     )  # fmt: skip
     assert result.exit_code == 0, result.output
+    assert "hybrid, none" in result.output and "…" not in result.output  # nothing is cut off in 80 columns
     content = json.loads((tmp_path / "t.json").read_text())
     assert content["single"] == pytest.approx(1 / 3) and content["possible"] == 1
     assert {m["name"] for m in content["methods"]} == {

@@ -210,10 +210,8 @@ def _number(value: float | None, form: str = ".3g") -> str:
     return "" if value is None or math.isnan(value) else format(value, form)
 
 
-def _interval(interval: Interval | None) -> str:
-    if interval is None or math.isnan(interval.value):
-        return ""
-    return f"{interval.value:.2f} ({interval.low:.2f}-{interval.high:.2f})"
+def _between(interval: Interval | None) -> str:
+    return "" if interval is None or math.isnan(interval.low) else f"{interval.low:.2f}-{interval.high:.2f}"
 
 
 def _print_asked(asked: Asked, groups: Groups, console: Console) -> None:
@@ -224,20 +222,17 @@ def _print_asked(asked: Asked, groups: Groups, console: Console) -> None:
     from rlme.ask import conclusions
     from rlme.training.display import plain
 
-    def between(interval: Interval | None) -> str:
-        return "" if interval is None or math.isnan(interval.low) else f"{interval.low:.2f}-{interval.high:.2f}"
-
     def line(verdict: Verdict) -> list[tuple[str, ...]]:
         """Two numbers in each cell, one below the other: the whole table fits into 80 columns."""
         v = verdict
         cells: list[tuple[str, ...]] = [
             (_number(v.probability, ".2f"), _number(v.mass, ".2f")),
-            (_number(v.spread.value, ".2f"), between(v.spread)),
+            (_number(v.spread.value, ".2f"), _between(v.spread)),
             (_number(v.shift, ".2f"), str(sum(v.failures.values()))),
         ]
         if with_labels:
             cells += [
-                (_number(v.auroc.value if v.auroc else None, ".2f"), between(v.auroc)),
+                (_number(v.auroc.value if v.auroc else None, ".2f"), _between(v.auroc)),
                 (_number(v.within_group_auroc, ".2f"), _number(v.calibration_error, ".2f")),
             ]
         return [*cells, (f"{v.tokens:.0f}", f"{v.seconds * 1000:.0f}", *([_number(v.cost, ".2g")] if priced else []))]
@@ -284,6 +279,7 @@ def _print_asked(asked: Asked, groups: Groups, console: Console) -> None:
 
 def _print_selected(report: Report, console: Console) -> None:
     from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
     from rich.table import Table
     from rich.text import Text
 
@@ -291,19 +287,17 @@ def _print_selected(report: Report, console: Console) -> None:
     from rlme.training.display import plain
 
     if report.methods:
-        several = len({m.evaluator for m in report.methods if m.evaluator}) > 1
+        # Two lines in the first cells and in the headers: the table fits into 80 columns.
         title = f"best of {report.answers:g} answers, {report.prompts} prompts"
-        rows = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-        rows.add_column("chosen by", no_wrap=True)
-        if several:
-            rows.add_column("evaluator", no_wrap=True)
-        rows.add_column("accuracy", justify="right", no_wrap=True)
-        # Headers break at their spaces, so that the table fits into 80 columns.
-        for name in ("calibr. AUC", "select. AUC", "at 50 %", "thresh- old", "kept", "right"):
-            rows.add_column(name, justify="right")
+        rows = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        rows.add_column("chosen by\nevaluator", ratio=1)
+        rows.add_column("accuracy\n95 %", justify="right", no_wrap=True)
+        for name in ("calibr.\nAUC", "select.\nAUC", "at\n50 %", "thresh-\nold", "kept", "right"):
+            rows.add_column(name, justify="right", no_wrap=True)
         for m in report.methods:
             rows.add_row(
-                m.name, *([Text(plain(m.evaluator, 24))] if several else []), _interval(m.accuracy),
+                f"{m.name}\n[dim]{escape(plain(m.evaluator, 40))}[/]",
+                f"{_number(m.accuracy.value, '.2f')}\n[dim]{_between(m.accuracy)}[/]",
                 _number(m.calibration_auc, ".3f"), _number(m.selective_auc, ".3f"), _number(m.at_half, ".3f"),
                 _number(m.threshold), _number(m.coverage, ".0%"), _number(m.kept_accuracy, ".3f"),
             )  # fmt: skip

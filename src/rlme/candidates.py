@@ -92,7 +92,7 @@ def read_candidates(
     """Completions from a file or data set with one row each; rows with the same prompt are a group.
 
     `completion` and `label` (true/false, 1/0, yes/no) are columns. Without a label, a completion is right when its
-    answer equals the gold of `data.answer`. Neither label nor gold is ever among a sample's columns.
+    answer equals the gold of `data.answer`, where the file has it. Neither is ever among a sample's columns.
     `prompts`: only the first so many groups.
     """
     data = config.data
@@ -105,12 +105,15 @@ def read_candidates(
         text = record[completion]
         if not isinstance(text, str):
             raise InputError(f"{source}, row {number}: column {completion!r} is {text!r}, expected a text")
-        hidden = {completion, label}
+        hidden = {completion, label, data.answer}
+        gold = data.answer if label is None else None
+        if gold is not None and "{{" not in gold and record.get(gold) in (None, ""):
+            gold = None  # whether this completion is right is not known
         built = build_prompts(
             Rows(rows.source, rows.columns, [record], [number]),
             prompt=data.prompt,
             system=data.system,
-            answer=data.answer if label is None else None,
+            answer=gold,
             answer_from=data.answer_format,
             tokenizer=tokenizer,
             chat=data.chat if tokenizer is not None else False,
