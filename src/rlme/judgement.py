@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypedDict
 
-
 NEGLIGIBLE = 0.01
 """Missing spellings that could together add less than this share to their label's probability do no harm."""
 
