@@ -259,6 +259,22 @@ def test_paired_tests_and_agreement_between_judges():
     assert found["agreement"][0]["kappa"] == -1
 
 
+def test_sets_are_also_taken_together():
+    def run_on(name: str, protocol: str, right: int) -> Run:
+        p = [0.9] * right + [0.1] * (4 - right)
+        records = tuple(Record(i, f"c{i}", True, (1, 1), x, x) for i, x in enumerate(p))
+        return Run(name, "j", protocol, records, pairwise=True)
+
+    runs = [run_on(name, protocol, k) for name, protocol, k in (("a", "x", 1), ("b", "x", 4), ("a", "y", 2))]
+    result = analyse(runs, resamples=10)
+    together = {r["protocol"]: r for r in result["runs"] if r["set"] == "all pairs"}
+    assert together["x"]["items"] == 8 and together["x"]["metrics"]["accuracy_soft"]["value"] == 5 / 8
+    (test,) = (t for t in result["tests"] if t["set"] == "all pairs")
+    assert test["items"] == 4 and test["difference"]["value"] == 0.25  # only the items that both were asked
+    assert "| j | x | 25.0" in markdown(result)
+    assert len(analyse(runs[::2], resamples=10)["runs"]) == 2  # one set needs no such row
+
+
 def test_single_answers(tmp_path):
     rows = [{"prompt": f"Is {i} even?", "answer": "yes" if i % 3 else "no", "label": i % 2 == 0} for i in range(12)]
     bench = load_set(write_rows(tmp_path / "x.jsonl", rows), reader="points")

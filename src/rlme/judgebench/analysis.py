@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -14,10 +15,13 @@ from rlme.judgebench.llmbar import llmbar_statistics
 from rlme.judgebench.run import Record, Run, choices, failures
 
 RESAMPLES = 1000
+ALL = "all pairs"
+"""Name of the sets of pairs taken together."""
 
 
 def analyse(runs: Sequence[Run], *, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Any]:
     """Everything the report shows, as plain JSON-ready data (NaN is None)."""
+    runs = [*runs, *pooled(runs)]
     shown = [run for run in runs if run.shown == "given"]
     return {
         "runs": [summary(run, resamples=resamples, seed=seed) for run in shown],
@@ -27,6 +31,27 @@ def analyse(runs: Sequence[Run], *, resamples: int = RESAMPLES, seed: int = 0) -
         "resamples": resamples,
         "seed": seed,
     }
+
+
+def pooled(runs: Sequence[Run]) -> list[Run]:
+    """The pairs of all sets together, for every judge with every protocol: small sets alone say little."""
+    sets = list(dict.fromkeys(run.set for run in runs if run.pairwise and run.soft))
+    groups: dict[tuple[str, str, str], list[Run]] = {}
+    for run in runs:
+        if run.pairwise and run.soft:
+            groups.setdefault((run.judge, run.protocol, run.shown), []).append(run)
+    found = []
+    for parts in groups.values() if len(sets) > 1 else ():
+        records = tuple(
+            # items keep one number in all runs, so that protocols can be compared on the same ones
+            replace(r, item=sets.index(run.set) * 1_000_000 + r.item, cluster=f"{run.set}: {r.cluster}")
+            for run in parts
+            for r in run.records
+        )
+        counts = {name: sum(getattr(run, name) for run in parts) for name in ("unasked", "skipped")}
+        seconds = sum(run.seconds or 0.0 for run in parts)
+        found.append(replace(parts[0], set=ALL, records=records, seconds=seconds, inputs="", **counts))
+    return found
 
 
 def summary(run: Run, *, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Any]:

@@ -56,6 +56,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
     points = [r for r in runs if r["kind"] == "answers" and "metrics" in r]
     soft = [r for r in pairs if "auroc" in r["metrics"]]
     found = [
+        _overview(soft),
         _metric_table("Pairs: accuracy", pairs, _PAIR_COLUMNS),
         _metric_table("Pairs: position and length", pairs, _BIAS_COLUMNS),
         _metric_table("Pairs: probabilities", soft, _CALIBRATION_COLUMNS),
@@ -68,6 +69,18 @@ def tables(result: dict[str, Any]) -> list[Table]:
         _llmbar(runs),
     ]
     return [table for table in found if table[2]]
+
+
+def _overview(runs: Sequence[dict[str, Any]]) -> Table:
+    """One row a judge and protocol, one column a set."""
+    sets = list(dict.fromkeys(r["set"] for r in runs))
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for r in runs:
+        shown = f"{_estimate(r['metrics'], 'accuracy_soft')} of {r['judged']}"
+        cells.setdefault((r["judge"], r["protocol"]), {})[r["set"]] = shown
+    rows = [[*key, *(found.get(name, "") for name in sets)] for key, found in cells.items()]
+    title = "Overview: right by the averaged probability of both orders"
+    return title, ["judge", "protocol", *sets], rows if len(sets) > 1 else []
 
 
 def _counts(runs: Sequence[dict[str, Any]]) -> Table:
