@@ -1,6 +1,7 @@
 """Pictures of a report page in headless Chromium: light, dark, phone, print.
 
     python benchmarks/report_screenshots.py RUN/report.html --output docs/images
+    python benchmarks/report_screenshots.py RUN/report.html --only light dark-samples
 
 Needs Debian's chromium and chromium-driver, and selenium.
 """
@@ -29,6 +30,7 @@ ARGUMENTS = (
     "--hide-scrollbars",
     "--force-color-profile=srgb",
 )
+KINDS = ("light", "light-samples", "dark", "dark-samples", "phone", "phone-samples", "print")
 
 
 @contextmanager
@@ -57,6 +59,7 @@ def main() -> None:
     parser.add_argument("page", type=Path)
     parser.add_argument("--output", type=Path, default=Path("docs/images"))
     parser.add_argument("--name", default="report")
+    parser.add_argument("--only", nargs="+", help="some of: " + ", ".join(KINDS), choices=KINDS, default=KINDS)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     url = args.page.resolve().as_uri()
@@ -65,13 +68,18 @@ def main() -> None:
         ("dark", 1280, 1000, True),
         ("phone", 390, 1200, False),
     ):
+        wanted = [name for name in args.only if name.startswith(kind) or (name, kind) == ("print", "light")]
+        if not wanted:
+            continue
         with browser(width, height, dark=dark) as driver:
             driver.get(url)
-            driver.save_screenshot(str(args.output / f"{args.name}-{kind}.png"))
-            if driver.execute_script("return !document.getElementById('samples').hidden"):
+            if kind in wanted:
+                driver.save_screenshot(str(args.output / f"{args.name}-{kind}.png"))
+            samples = driver.execute_script("return !document.getElementById('samples').hidden")
+            if samples and f"{kind}-samples" in wanted:
                 driver.execute_script("document.getElementById('samples').scrollIntoView({behavior: 'instant'})")
                 driver.save_screenshot(str(args.output / f"{args.name}-{kind}-samples.png"))
-            if kind == "light":
+            if "print" in wanted:
                 pdf = driver.execute_cdp_cmd("Page.printToPDF", {"printBackground": False})
                 (args.output / f"{args.name}-print.pdf").write_bytes(base64.b64decode(pdf["data"]))
     for path in sorted(args.output.glob(f"{args.name}-*")):

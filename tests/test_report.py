@@ -11,6 +11,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from rlme.config import Config
 from rlme.errors import InputError
 from rlme.report.compare import group_runs, measures, over_seeds, write_comparison
 from rlme.report.content import charts, duration, findings, judges, spending, tiles
@@ -231,6 +232,20 @@ def test_compare_bands_seeds_and_tables_differences(tmp_path: Path) -> None:
     assert table["head"] == ["", arms[0].name, arms[1].name, "difference"]
     assert "±" in table["rows"][1][1]
     assert json.loads((tmp_path / "c.json").read_text())["measures"]["steps"][arms[0].name] == [10.0, 10.0]
+
+
+def test_seeds_made_by_another_version_are_seeds_still(tmp_path: Path) -> None:
+    """A key that an older version did not know yet does not set a run apart."""
+    dumped = Config.model_validate(
+        {"model": "m", "data": {"train": "x.jsonl", "prompt": "q"}, "questions": {"q": "Right?"}}
+    ).model_dump(mode="json")
+    for seed in (0, 1):
+        (tmp_path / str(seed)).mkdir()
+        (tmp_path / str(seed) / "config.yaml").write_text(yaml.safe_dump(dumped))
+        dumped["train"]["seed"] = 1
+        dumped["train"].pop("on_alarm", None)
+    arms, differing = group_runs([read_run(tmp_path / "0"), read_run(tmp_path / "1")])
+    assert [arm.name for arm in arms] == ["2 seeds"] and differing == []
 
 
 def test_compare_prints_its_table_within_80_columns(run_folder: Path, tmp_path: Path) -> None:

@@ -10,12 +10,13 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from rlme.config import Config
 from rlme.errors import InputError
 from rlme.report import html
-from rlme.report.content import WINDOW, Chart, Finding, Series, best_heldout, judges, short, spending
+from rlme.report.content import WINDOW, Chart, Finding, Series, best_heldout, judges, short, spending, start_and_now
 from rlme.report.page_data import SMOOTH, chart_data
 from rlme.report.run import Run, read_run
-from rlme.training.monitors import GOLD, best_step
+from rlme.training.monitors import GOLD, spoken
 
 IGNORED = ("train.seed", "output")
 """Keys that may differ between the seeds of one configuration."""
@@ -69,6 +70,15 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
+def _settings(run: Run) -> dict[str, str]:
+    """Every key with its value; keys that the version that made the run did not know have their defaults."""
+    try:
+        config = Config.model_validate(run.config).model_dump(mode="json") if run.config else {}
+    except ValueError:  # of another version, or cut off
+        config = run.config
+    return {key: value for key, value in _flat(config).items() if key not in IGNORED}
+
+
 def group_runs(runs: Sequence[Run]) -> tuple[list[Arm], list[tuple[str, list[str]]]]:
     """Arms in the order of their first run, and the settings in which they differ: (key, value of each arm).
 
@@ -77,7 +87,7 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[Arm], list[tuple[str, list[str
     groups: dict[str, list[Run]] = defaultdict(list)
     settings: list[dict[str, str]] = []
     for run in runs:
-        flat = {k: v for k, v in _flat(run.config).items() if k not in IGNORED}
+        flat = _settings(run)
         # a run without its configuration can be the seed of no other
         identity = json.dumps(flat, sort_keys=True) if flat else str(run.folder)
         if identity not in groups:
@@ -91,7 +101,8 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[Arm], list[tuple[str, list[str
     names = []
     for i, members in enumerate(groups.values()):
         parts = [f"{key}={values[i]}" for key, values in differing[:2]]
-        names.append(", ".join(parts) if parts and len(differing) <= 2 else members[0].name)
+        alone = f"{len(members)} seeds" if len(groups) == 1 and len(members) > 1 else members[0].name
+        names.append(", ".join(parts) if parts and len(differing) <= 2 else alone)
     unique = [name if names.count(name) == 1 else f"{name} [{i + 1}]" for i, name in enumerate(names)]
     return [Arm(n, members) for n, members in zip(unique, groups.values(), strict=True)], differing
 
@@ -146,26 +157,27 @@ def measures(arms: Sequence[Arm]) -> list[Measure]:
     """The table: what each run came to."""
 
     def last(key: str) -> list[list[float]]:
-        return [[fmean(v[-WINDOW:]) for run in arm.runs if (v := run.series(key)[1])] for arm in arms]
+        return [[pair[1] for run in arm.runs if (pair := start_and_now(run, key))] for arm in arms]
 
     def each(number: Any) -> list[list[float]]:
         return [[v for run in arm.runs if (v := number(run)) is not None] for arm in arms]
 
-    def heldout(run: Run, *, best: bool) -> float | None:
-        measured = best_heldout(run)
-        if measured is None or measured[0] != GOLD:
-            return None
-        step = best_step(measured[1]) if best else max(measured[1])
-        return None if step is None else measured[1][step]
+    def heldout(key: str, *, best: bool) -> list[list[float]]:
+        found = [[m[1] for run in arm.runs if (m := best_heldout(run)) and m[0] == key] for arm in arms]
+        return [[max(m.values()) if best else m[max(m)] for m in arm] for arm in found]
 
+    measured = dict.fromkeys(m[0] for arm in arms for run in arm.runs if (m := best_heldout(run)))
     table = [
         Measure("steps", each(lambda run: float(run.steps))),
-        Measure(f"reward, last {WINDOW} steps", last("reward")),
-        Measure("held-out gold, best", each(lambda run: heldout(run, best=True))),
-        Measure("held-out gold, last", each(lambda run: heldout(run, best=False))),
-        Measure(f"training gold, last {WINDOW} steps", last(GOLD)),
-        Measure(f"right above wrong in a group, last {WINDOW}", last("gold/within_group_auroc")),
-        Measure(f"tokens of an answer, last {WINDOW}", last("completions/mean_tokens")),
+        Measure("reward at the end", last("reward")),
+        *(
+            Measure(f"held-out {'gold' if key == GOLD else spoken(key)}, {which}", heldout(key, best=which == "best"))
+            for key in measured
+            for which in ("best", "last")
+        ),
+        Measure("training gold at the end", last(GOLD)),
+        Measure("right above wrong in a group at the end", last("gold/within_group_auroc")),
+        Measure("tokens of an answer at the end", last("completions/mean_tokens")),
         Measure("seconds of a step", each(lambda run: _mean(run.series("time/step")[1]))),
         Measure("cost", each(lambda run: spending(run).cost)),
         Measure("alarms", each(lambda run: float(len(run.alarms)))),
@@ -205,7 +217,8 @@ def _page(
     tables = [
         {
             "title": "Results",
-            "note": f"mean ± standard deviation over seeds; differences to {arms[0].name!r}",
+            "note": f"mean ± standard deviation over seeds; at the end: mean of the last {WINDOW} steps "
+            "(of a short run: of its second half)" + (f"; differences to {arms[0].name!r}" if len(arms) > 1 else ""),
             "head": head,
             "rows": _rows(arms, table),
             "numeric": list(range(1, len(head))),

@@ -60,7 +60,8 @@ const words = { bad: "Alarm", warn: "Look", good: "Fine", info: "Note" };
 for (const finding of data.findings)
   findings.append(el("li", { class: finding.level }, el("b", { text: words[finding.level] }), show(finding.text)));
 if (data.tiles.length) $("overview").append(tiles);
-$("overview").append(findings);
+if (data.findings.length) $("overview").append(findings);
+$("overview").hidden = !$("overview").children.length;
 
 // ---------------------------------------------------------------- charts
 const charts = [];
@@ -80,6 +81,13 @@ function ticks(low, high, count) {
   const result = [];
   for (let t = Math.ceil(low / unit - 1e-9) * unit; t <= high + unit * 1e-6; t += unit) result.push(Math.abs(t) < unit * 1e-6 ? 0 : t);
   return result;
+}
+// All digits that tell a tick from its neighbour: 39.25, where three significant ones would say 39.3.
+function tickLabel(t, all) {
+  const unit = all.length > 1 ? all[1] - all[0] : Math.abs(t);
+  let digits = 0;
+  while (digits < 5 && Math.abs(unit * 10 ** digits - Math.round(unit * 10 ** digits)) > 1e-6) digits++;
+  return digits > 4 || Math.abs(t) >= 1000 ? num(t) : String(Number(t.toFixed(digits)));
 }
 function makeChart(spec) {
   const svg = draw("svg", { tabindex: "0", role: "img" });
@@ -118,9 +126,10 @@ function makeChart(spec) {
     const first = data.first_step ?? allSteps[0] ?? 0, end = Math.max(data.last_step ?? 0, allSteps.at(-1) ?? 0, first + 1);
     const x = step => left + (step - first) / (end - first) * (width - left - right);
     const y = value => height - bottom - (value - low) / (high - low) * (height - top - bottom);
-    for (const t of ticks(low, high, 4)) {
+    const levels = ticks(low, high, 4);
+    for (const t of levels) {
       draw("line", { class: "grid", x1: left, x2: width - right, y1: y(t), y2: y(t) }, svg);
-      draw("text", { class: "axis", x: left - 6, y: y(t) + 4, "text-anchor": "end" }, svg).textContent = num(t);
+      draw("text", { class: "axis", x: left - 6, y: y(t) + 4, "text-anchor": "end" }, svg).textContent = tickLabel(t, levels);
     }
     for (const t of ticks(first, end, Math.max(2, Math.min(6, width / 90)))) if (Number.isInteger(t))
       draw("text", { class: "axis", x: x(t), y: height - 6, "text-anchor": t === end ? "end" : "middle" }, svg).textContent = t;
