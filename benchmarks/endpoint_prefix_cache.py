@@ -2,7 +2,8 @@
 
     python benchmarks/endpoint_prefix_cache.py --url http://127.0.0.1:8080/v1 --data judged.jsonl --n 16
 
-Several questions about each completion, the question last, so that everything before it is shared.
+Several questions about each completion, the question last, so that everything before it is shared. The server must be
+fresh: what it has judged before would be in its cache.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ QUESTIONS = (
 
 
 def main() -> None:
-    """Off first, then on."""
+    """On first, while its cache is empty; the calls of off leave the cache aside."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", required=True)
     parser.add_argument("--data", required=True, type=Path)
@@ -39,7 +40,7 @@ def main() -> None:
     samples = [Sample(row["question"], row["solution"]) for row in rows]
     questions = [Question(text) for text in QUESTIONS]
     results: dict[str, Any] = {"completions": len(samples), "questions": len(questions)}
-    for name, body in (("off", {"cache_prompt": False}), ("on", {"cache_prompt": True})):
+    for name, body in (("on", {"cache_prompt": True}), ("off", {"cache_prompt": False})):
         evaluator = EndpointEvaluator(
             EndpointConfig(base_url=args.url, concurrency=args.concurrency, deadline=300, extra_body=body)
         )
@@ -50,6 +51,7 @@ def main() -> None:
         results[name] = {
             "seconds": round(seconds, 1),
             "judgements_per_second": round(len(samples) * len(questions) / seconds, 2),
+            "calls": account.calls,
             "tokens_in": account.tokens_in,
             "tokens_cached": account.tokens_cached,
         }
