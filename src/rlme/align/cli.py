@@ -48,27 +48,14 @@ def align(
         return
 
     from rlme.align.pipeline import Alignment
+    from rlme.align.winrates import cells, columns
     from rlme.commands import _quiet
+    from rlme.training.display import print_table
 
     _quiet()
     rows = Alignment(settings, console).run()
     if rows:
-        _show(rows, console)
+        print_table(console, "win rates", columns(), [cells(row) for row in rows])
     if table is not None:
         table.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     console.print(f"folder: {settings.folder}", markup=False, highlight=False)
-
-
-def _show(rows: list[dict[str, object]], console: object) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from rlme.align.winrates import cells, columns
-
-    assert isinstance(console, Console)
-    shown = Table(title="win rates", title_justify="left")
-    for name in columns():
-        shown.add_column(name)
-    for row in rows:
-        shown.add_row(*cells(row))
-    console.print(shown)

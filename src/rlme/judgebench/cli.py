@@ -147,12 +147,14 @@ def _judge(settings: Any, folder: Path | None, console: Console) -> list[Run]:
     from rlme.align.stage import Lines
     from rlme.commands import _quiet
     from rlme.evaluators.build import build_evaluators
-    from rlme.judgebench.bench import load_sets, plan
+    from rlme.judgebench.bench import load_sets, plan, without_references
     from rlme.judgebench.run import as_record, save_records
 
     for name in settings.protocols:
         load_protocol(name)
     sets = load_sets(settings)  # read before a model is loaded
+    for sentence in without_references(settings, sets):
+        console.print(sentence, markup=False, highlight=False)
     _quiet()
     evaluators = build_evaluators(
         settings.judges, cache=settings.judging, max_context_tokens=settings.judging.max_context_tokens
@@ -202,26 +204,11 @@ def _earlier(folder: Path | None) -> dict[str, Run]:
 
 
 def _show(result: dict[str, Any], console: Console) -> None:
-    """Tables; one that is wider than the terminal as a paragraph for each row, so that nothing is cut off."""
-    from rich.table import Table
-    from rich.text import Text
-
     from rlme.judgebench.report import tables
+    from rlme.training.display import print_table
 
     for title, names, rows in tables(result):
-        table = Table(title=title, title_justify="left")
-        for name in names:
-            table.add_column(name)
-        for row in rows:
-            table.add_row(*(_plain(cell) for cell in row))
-        wide = console.options.update(max_width=10_000)
-        if console.measure(table, options=wide).maximum <= console.width:
-            console.print(table)
-            continue
-        console.print(Text(f"\n{title}", style="italic"))
-        for row in rows:
-            parts = [Text.assemble((f"{n} ", "dim"), cell) for n, cell in zip(names, row, strict=True) if cell]
-            console.print(Text(" · ", style="dim").join(parts))
+        print_table(console, title, names, rows)
 
 
 def _plain(text: str) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -16,23 +17,34 @@ Record = dict[str, Any]
 SHOWN = 3  # completions in each example panel
 
 
+class _Bar(Progress):
+    """The bar with its stage, and the last step's numbers below it: on one line they would push each other out."""
+
+    summary = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """What is drawn."""
+        yield self.make_tasks_table(self.tasks)
+        yield Text(self.summary, style="dim")
+
+
 class Display:
     """A live bar on a terminal; one line a step where output goes to a file."""
 
     def __init__(self, console: Console, *, steps: int, done: int, show_every: int) -> None:
         self.console, self.steps, self.show_every = console, steps, show_every
-        self._started, self._first, self._last = time.monotonic(), done, ""
-        self.progress = Progress(
+        self._started, self._first = time.monotonic(), done
+        self.progress = _Bar(
             TextColumn("[bold]step"),
             MofNCompleteColumn(),
             BarColumn(bar_width=24),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[summary]}"),
+            TextColumn("{task.fields[stage]}"),
             console=console,
             disable=not console.is_terminal,
         )
-        self.task = self.progress.add_task("train", total=steps, completed=done, summary="")
+        self.task = self.progress.add_task("train", total=steps, completed=done, stage="")
 
     def __enter__(self) -> Display:
         self.progress.start()
@@ -43,15 +55,15 @@ class Display:
 
     def stage(self, name: str) -> None:
         """What the step is busy with now (on a terminal)."""
-        self.progress.update(self.task, summary=f"{name} ... · {self._last}" if self._last else f"{name} ...")
+        self.progress.update(self.task, stage=f"{name} ...")
 
     def update(self, record: Record, rows: list[Record]) -> None:
         """After each update (and the measurement before the first)."""
         step, line = record["step"], summary(record)
         if step == self._first:
             self._started = time.monotonic()  # the measurement before the first step is no measure of a step
-        self._last = line
-        self.progress.update(self.task, completed=step, summary=line)
+        self.progress.summary = line
+        self.progress.update(self.task, completed=step, stage="")
         if not self.console.is_terminal:
             self.console.print(f"step {step}/{self.steps}{self._left(step)}  {line}", markup=False, soft_wrap=True)
         if alarm := record.get("alarm"):
@@ -106,7 +118,7 @@ def examples(rows: list[Record], step: int) -> Panel:
     chosen = group if len(group) <= SHOWN else [group[0], group[len(group) // 2], group[-1]]
     table = Table(box=None, show_header=True, padding=(0, 1), expand=True)
     table.add_column("reward", justify="right", no_wrap=True)
-    table.add_column("judgements", no_wrap=True)
+    table.add_column("judgements", max_width=26, overflow="fold")  # long names wrap: the completion needs the room
     table.add_column("completion", ratio=1)
     for row in chosen:
         verdicts = "\n".join(
@@ -118,6 +130,20 @@ def examples(rows: list[Record], step: int) -> Panel:
         table.add_row(f"{reward}\n{gold}", Text(verdicts), Text(plain(row["completion"], 400)))
     prompt = Text(plain(group[0]["prompt"][-300:], 300), style="dim")
     return Panel(Group(prompt, table), title=f"step {step}: best, middle and worst of one group", title_align="left")
+
+
+def print_table(console: Console, title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table; where it is wider than the terminal a paragraph for each row, so that nothing is cut off."""
+    table = Table(*names, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    if console.measure(table, options=console.options.update(max_width=10_000)).maximum <= console.width:
+        console.print(table)
+        return
+    console.print(Text(f"\n{title}", style="italic"))
+    for row in rows:
+        parts = [Text.assemble((f"{name} ", "dim"), cell) for name, cell in zip(names, row, strict=True) if cell]
+        console.print(Text(" · ", style="dim").join(parts))
 
 
 def plain(text: str, limit: int) -> str:
