@@ -129,6 +129,18 @@ def test_a_changed_stage_is_done_anew_and_all_after_it(finished, tmp_path):
     assert "judge: its inputs have changed, done anew" in said and "dpo: done before" not in said
 
 
+def test_another_wording_of_an_own_protocol_is_judged_anew(finished, tmp_path):
+    file = tmp_path / "mine.jinja"
+    file.write_text("Which is better?\n{{ output_a }}\n{{ output_b }}")
+    judge = finished[0].judge.model_copy(update={"protocol": str(file)})
+    copy = copy_of(finished[0], tmp_path, judge=judge, compare=None)
+    assert "judge: its inputs have changed, done anew" in run(copy)[1]
+    assert "judge: done before, skipped" in run(copy)[1]
+    file.write_text("Which one is better?\n{{ output_a }}\n{{ output_b }}")
+    _, said = run(copy)
+    assert "judge: its inputs have changed, done anew" in said and "sample: done before, skipped" in said
+
+
 def test_an_interrupted_stage_continues_where_it_was(finished, tmp_path, monkeypatch):
     config, *_ = finished
     copy = copy_of(config, tmp_path, compare=None)

@@ -437,6 +437,7 @@ def test_the_command_with_a_model(tmp_path, tiny_policy_dir):
         (["--judge", "x", "--data", "pears:FILE"], "unknown benchmark set format 'pears'"),
         (["--judge", "x", "--data", "FILE", "--protocol", "rafeval"], "unknown judging protocol 'rafeval'"),
         (["--judge", "x", "--data", "points:POINTS"], "give at least one question"),
+        (["--judge", "x", "--data", "FILE", "--protocol", "refeval"], "no item of toy has a reference, so refeval"),
         (["--judge", "x", "--data", "FILE", "--column", "label"], "expected FIELD=COLUMN"),
         (["--verdicts", "FILE", "--judge", "x"], "leave out judges"),
     ],

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rlme.align import winrates
-from rlme.align.config import AlignConfig
+from rlme.align.config import AlignConfig, CompareStage
 from rlme.align.judge import PairwiseJudge
 from rlme.align.judging import Group, make_scorer
 from rlme.align.pairs import Pair, choose, require_pairs
@@ -130,7 +130,7 @@ class Alignment:
         sampling = Stage(folder / "sample", fingerprint(before, number, config.sample.model_dump()))
         if not self._skip(sampling, f"{where}sample"):
             self._sample(sampling, policy, number, where)
-        judging = Stage(folder / "judge", fingerprint(sampling.inputs, config.judge.model_dump(mode="json")))
+        judging = Stage(folder / "judge", fingerprint(sampling.inputs, self._judged_with()))
         if not self._skip(judging, f"{where}judge"):
             self._judge(judging, sampling, policy, first, number, where)
         chosen = [config.pairs.model_dump(), config.dpo.max_tokens]
@@ -148,6 +148,14 @@ class Alignment:
             summary = dpo(config, self.models.trainable(policy), self.tokenizer, pairs, training.folder)
             self._finish(training, f"{where}dpo", summary | {"pairs": len(pairs)})
         return str(training.folder / "model"), training.inputs
+
+    def _judged_with(self, compare: CompareStage | None = None) -> list[Any]:
+        """What the verdicts depend on beside the texts: settings, the protocol's wording, the judges' weights."""
+        config = self.config.judge
+        evaluators = compare.evaluators if compare is not None and compare.evaluators else config.evaluators
+        name = compare.protocol if compare is not None and compare.protocol else config.protocol
+        weights = [source_fingerprint(e.model, e.revision) for e in evaluators if e.model is not None]
+        return [config.model_dump(mode="json"), asdict(load_protocol(name)), weights]
 
     def _sample(self, stage: Stage, policy: str, number: int, where: str) -> None:
         config = self.config.sample
@@ -268,8 +276,7 @@ class Alignment:
         answering = Stage(self.folder / "answers", fingerprint(before, also, data, how))
         if not self._skip(answering, "answers"):
             self._answers(answering, models)
-        judged_by = [e.model_dump(mode="json") for e in compare.evaluators or config.judge.evaluators]
-        settings = [compare.model_dump(mode="json"), judged_by, config.judge.model_dump(mode="json")]
+        settings = [compare.model_dump(mode="json"), self._judged_with(compare)]
         stage = Stage(self.folder / "compare", fingerprint(answering.inputs, settings))
         if self._skip(stage, "compare"):
             found = json.loads((stage.folder / "results.json").read_text(encoding="utf-8"))

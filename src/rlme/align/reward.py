@@ -204,6 +204,7 @@ class PairwiseReward:
 
     def _log(self, log_metric: Callable[[str, float], None], rewards: Sequence[float | None]) -> None:
         log_metric("pairwise/missing", sum(r is None for r in rewards) / len(rewards))
+        log_metric("pairwise/shortened", float(sum(r.shortened for r in self.rankings)))
         margins = [r.margin for r in self.rankings if r.margin is not None]
         masses = [r.mass for r in self.rankings if r.mass is not None]
         for name, values in (("margin", margins), ("mass", masses)):

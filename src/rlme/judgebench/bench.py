@@ -47,6 +47,23 @@ def load_sets(config: BenchConfig) -> list[BenchSet]:
     return sets
 
 
+def without_references(config: BenchConfig, sets: list[BenchSet]) -> list[str]:
+    """Sentences about what cannot be asked, as no item has a reference to show.
+
+    Raises:
+        InputError: nothing else is left to ask.
+    """
+    protocols = [load_protocol(name) for name in config.protocols]
+    needy = [p.name for p in protocols if p.needs_reference]
+    bare = [s.name for s in sets if s.pairwise and not any(i.references for i in s.items)]  # type: ignore[union-attr]
+    if not needy or not bare:
+        return []
+    said = f"no item of {', '.join(bare)} has a reference, so {', '.join(needy)} cannot be asked there"
+    if len(needy) == len(protocols) and len(bare) == len(sets):
+        raise InputError(f"{said}: name the column with --column reference=COLUMN, or take a protocol without one.")
+    return [said]
+
+
 def plan(config: BenchConfig, sets: list[BenchSet], evaluators: list[Evaluator]) -> Iterator[Job]:
     """All runs, judge by judge; with the manipulation check where a protocol shows a reference."""
     protocols = [load_protocol(name) for name in config.protocols]
@@ -82,7 +99,7 @@ def _pair_jobs(
     needs = protocol.needs_reference
     asked = [item for item in items if item.references] if needs else list(items)
     if not asked:
-        return
+        return  # said by `without_references`
     ways: tuple[Shown, ...] = ("given", "other", "worse") if needs and config.wrong_references else ("given",)
     if len({item.instruction for item in asked}) < 2:
         ways = tuple(way for way in ways if way != "other")
