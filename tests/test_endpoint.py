@@ -417,14 +417,17 @@ def test_a_server_that_does_not_count_is_not_free() -> None:
         judge.close()
 
 
-def test_tokens_are_estimated_before_they_are_spent(token_server: Any) -> None:
+def test_tokens_are_estimated_before_they_are_spent(token_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     judge = evaluator(token_server, prices=Prices(input=1.0))
     requests = [ask("Rate it:", "10", "12", "1x"), ask("Right?", "YES", "NO")]
     estimate = judge.estimate(requests)
     assert judge.account.cost < 1e-4
     assert (estimate.tokens_in, estimate.tokens_out) == (2 * 8 + 6, 3)
     answers = judge.logprobs(requests)
-    assert sum(a.tokens_out for a in answers) >= estimate.tokens_out
+    assert sum(a.tokens_out for a in answers) == estimate.tokens_out
+    if "llama" in judge.summary:  # it may have to be asked again for more alternatives
+        monkeypatch.setattr(endpoint_tokens, "FIRST_TOP", 5)
+        assert judge.estimate(requests).tokens_out == 6
     judge.close()
 
 

@@ -131,10 +131,12 @@ class TokenServer:
         return found
 
     async def size(self, request: Request) -> tuple[int, int]:
-        """(calls, tokens of each) that a request takes: one call for every beginning its labels share."""
+        """(calls, tokens of each) that a request takes at most: one call for every beginning its labels share, and
+        another where a label is not among the first alternatives."""
         tokens = len(await self.encode(request.context, request.prefill))
         wanted = [await self.spell(text) for text in request.continuations]
-        return len({ids[:depth] for ids in wanted for depth in range(len(ids))}), tokens
+        beginnings = {ids[:depth] for ids in wanted for depth in range(len(ids))}
+        return len(beginnings) * (2 if self.top > FIRST_TOP else 1), tokens
 
     async def _walk(
         self, context: list[int], depth: int, rows: list[int], wanted: list[tuple[int, ...]], found: Found

@@ -84,7 +84,14 @@ class Costs:
                 usage = self._longest(evaluator, step)
                 if usage is not None:
                     cost = evaluator.config.prices.cost(usage.tokens_in, 0, usage.tokens_out)
-                    self._say(evaluator, step, "at most", usage, cost, "completions at their longest, nothing cached")
+                    self._say(
+                        evaluator,
+                        step,
+                        "at most",
+                        usage,
+                        cost,
+                        "completions at their longest, nothing cached, no retries",
+                    )
 
     def update(self, record: dict[str, Any]) -> None:
         """After the first step: the forecast with real completions and the server's cache."""
