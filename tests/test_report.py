@@ -183,6 +183,18 @@ def test_a_run_cut_off_in_the_middle_is_shown_as_far_as_it_goes(run_folder: Path
     assert 7 not in {group["step"] for group in data["groups"] if not group["heldout"]}
 
 
+def test_rollouts_of_another_version_are_shown_as_far_as_they_go(run_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "rollouts").mkdir()
+    old = pq.read_table(next(iter(read_run(run_folder).rollout_files().values())))
+    lean = old.drop_columns(["anchored", "advantage", "tokens", "truncated"]).append_column("new", old["step"])
+    pq.write_table(lean, tmp_path / "rollouts" / "step-000001.parquet")
+    pq.write_table(old.drop_columns(["completion"]), tmp_path / "rollouts" / "step-000002.parquet")
+    chosen = choose(read_run(tmp_path))
+    assert {group["step"] for group in chosen.groups} == {1}
+    assert chosen.groups[0]["rows"][0]["tokens"] is None
+    assert chosen.missing == ["rollouts/step-000002.parquet cannot be read (KeyError)."]
+
+
 @pytest.mark.parametrize("version, said", [(1, False), (2, True)])
 def test_a_newer_format_is_said(run_folder: Path, tmp_path: Path, version: int, said: bool) -> None:
     config = yaml.safe_load((run_folder / "config.yaml").read_text())

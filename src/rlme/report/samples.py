@@ -21,6 +21,7 @@ from rlme.report.content import best_heldout
 from rlme.report.html import embed
 from rlme.report.run import Run
 from rlme.training.monitors import addresses_evaluator, best_step
+from rlme.training.run_folder import ROLLOUTS
 
 Row = dict[str, Any]
 
@@ -163,7 +164,10 @@ def _groups(path: Path) -> list[list[Row]]:
 
     groups: dict[int, list[Row]] = defaultdict(list)
     for row in pq.read_table(path).to_pylist():
-        groups[row["prompt_index"]].append(row)
+        whole = dict.fromkeys(ROLLOUTS.names) | row  # another version's file may lack a column
+        judged = dict.fromkeys(field.name for field in ROLLOUTS.field("judgements").type.value_type)
+        whole["judgements"] = [judged | judgement for judgement in whole["judgements"] or ()]
+        groups[row["prompt_index"]].append(whole | {"completion": row["completion"] or ""})
     for group in groups.values():
         highest = max((r["reward"] for r in group if r["reward"] is not None), default=None)
         for row in group:

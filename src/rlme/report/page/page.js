@@ -290,7 +290,7 @@ function card(group, row, place, mean) {
   bar.style.width = `${row.chars / longest * 100}%`;
   meter.append(bar);
   const difference = Math.round(row.chars - mean), single = group.rows.length < 2;
-  side.append(chips, el("div", {}, el("div", { class: "note", text: `${row.chars.toLocaleString("en")} characters${single ? "" : ` (${difference >= 0 ? "+" : "−"}${Math.abs(difference).toLocaleString("en")} to the group's mean)`}, ${row.tokens} tokens` }), meter));
+  side.append(chips, el("div", {}, el("div", { class: "note", text: `${row.chars.toLocaleString("en")} characters${single ? "" : ` (${difference >= 0 ? "+" : "−"}${Math.abs(difference).toLocaleString("en")} to the group's mean)`}, ${row.tokens ?? "?"} tokens` }), meter));
   const text = el("div", { class: "text" }, marked(row.text, state.text));
   const body = el("div", {}, text, judgedTable(row));
   for (const [evaluator, question, , , , , , critique] of row.judged)
