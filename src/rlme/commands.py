@@ -138,7 +138,7 @@ def finish(path: Path, console: Console, table: Path | None) -> None:
         for column in ("", "first", "last"):
             shown.add_column(column, justify="left" if not column else "right")
         for row in rows:
-            shown.add_row(str(row["metric"]), f"{row['first']:.3f}", f"{row['last']:.3f}")
+            shown.add_row(Text(str(row["metric"])), f"{row['first']:.3f}", f"{row['last']:.3f}")
         console.print(shown)
     if table is not None:
         table.write_text(json.dumps({"run": str(path), "metrics": rows}, indent=2))
