@@ -13,6 +13,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of huggingface_hub: tests never touch the network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,11 @@ CORPUS = [
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> None:
+def _one_thread() -> None:
+    """Two test processes run beside each other, and models this small gain nothing from a second thread."""
     import torch
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
 
 
 def make_tokenizer(*, chat: bool) -> Any:
