@@ -74,6 +74,15 @@ def test_low_mass_failures_and_the_wrong_way_round_are_said() -> None:
     assert any("wrong way round" in said for said in run(lambda text: 1 - backwards(text)).verdicts[0].complaints)
 
 
+def test_a_small_probability_that_changes_by_half_is_no_ignored_answer() -> None:
+    def faint(text: str) -> float:
+        return 0.04 if len(text) % 2 else 0.02
+
+    verdict = run(faint).verdicts[0]
+    assert verdict.shift < 0.05 and verdict.score_shift > 0.1
+    assert not any("answers ignored" in said for said in verdict.complaints)
+
+
 def test_chance_is_called_chance() -> None:
     draw = random.Random(5)
     asked = ask(sums(60), [Question("?", "q")], [RuleJudge(lambda text: draw.uniform(0.1, 0.9))], [WAY])

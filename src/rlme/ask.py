@@ -26,9 +26,9 @@ CHUNK = 8
 """Prompts judged in one call."""
 SWAPPED = 32
 """Completions that are judged again under another prompt."""
-SPREAD, MASS, SHIFT, FAILED = 0.05, 0.5, 0.05, 0.05
+SPREAD, MASS, SHIFT, SCORE_SHIFT, FAILED = 0.05, 0.5, 0.05, 0.1, 0.05
 """Below these a question has no signal: spread of the score within a group (nats, or points of the scale), mean label
-mass, mean change of p(target) when answers are exchanged; above the last, too many judgements fail."""
+mass, mean change of p(target) and of the score when answers are exchanged; above the last, too many judgements fail."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ class Verdict:
     mass: float
     shift: float
     """Mean absolute change of p(target) when the answer is exchanged for one to another prompt."""
+    score_shift: float
+    """The same for the score: where p(target) is small, as the marker's often is, only this shows a change."""
     failures: dict[str, int]
     completions: int
     tokens: float
@@ -222,6 +224,7 @@ def _verdict(
     shifts = [
         abs(a.probability - b.probability) for a, b in moved if a.probability is not None and b.probability is not None
     ]
+    score_shifts = [abs(a.score - b.score) for a, b in moved if a.score is not None and b.score is not None]
     scores = [[j.score for j in group] for group in judged]
     return Verdict(
         question=question.name,
@@ -233,6 +236,7 @@ def _verdict(
         spread=bootstrap(group_stds(scores)),
         mass=fmean([j.mass for j in known if j.mass is not None]) if known else math.nan,
         shift=fmean(shifts) if shifts else math.nan,
+        score_shift=fmean(score_shifts) if score_shifts else math.nan,
         failures=failures,
         completions=len(flat),
         tokens=fmean([j.tokens_in + j.tokens_out for j in flat]) if flat else 0.0,
@@ -293,7 +297,7 @@ def complaints(verdict: Verdict) -> list[str]:
         said.append(f"spread too small: {verdict.spread.value:.2g} within a group")
     if verdict.mass < MASS:
         said.append(f"mass too low: only {verdict.mass:.0%} is on the labels")
-    if verdict.shift < SHIFT:
+    if verdict.shift < SHIFT and verdict.score_shift < SCORE_SHIFT:
         said.append(f"answers ignored: the answer to another prompt moves the verdict by {verdict.shift:.2g} only")
     if verdict.auroc is not None and verdict.auroc.high < 0.5:
         said.append(f"wrong way round: wrong answers are rated higher (AUROC {verdict.auroc.value:.2f})")
