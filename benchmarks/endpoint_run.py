@@ -81,17 +81,23 @@ def configuration(args: argparse.Namespace, prompts: str, evaluator: dict[str, A
 
 
 def compare(remote: RunFolder, local: RunFolder) -> dict[str, Any]:
-    """Step by step: completions that are the same, and the differences of scores, rewards and losses."""
-    steps = []
+    """Step by step: completions that are the same, and the differences of scores, rewards and losses; the judgement
+    that differs most."""
+    steps, largest = [], []
     for ours, theirs in zip(remote.read_lines(), local.read_lines(), strict=True):
         rows = [pq.read_table(f.rollouts / f"step-{ours['step']:06d}.parquet").to_pylist() for f in (remote, local)]
         same = [(a, b) for a, b in zip(*rows, strict=True) if a["completion"] == b["completion"]]
-        scores = [
-            abs(x["score"] - y["score"])
+        pairs = [
+            (abs(x["score"] - y["score"]), a, x, y)
             for a, b in same
             for x, y in zip(a["judgements"], b["judgements"], strict=True)
             if x["score"] is not None and y["score"] is not None
         ]
+        scores = [difference for difference, *_ in pairs]
+        if pairs:
+            difference, row, *judgements = max(pairs, key=lambda pair: pair[0])
+            told = [{key: j[key] for key in ("question", "score", "probability", "mass")} for j in judgements]
+            largest.append({"difference": difference, "completion": row["completion"], "judged": told})
         steps.append(
             {
                 "step": ours["step"],
@@ -104,7 +110,7 @@ def compare(remote: RunFolder, local: RunFolder) -> dict[str, Any]:
                 **{f"{key}_process": theirs.get(key) for key in ("reward", "loss", "time/sample", "time/judge")},
             }
         )
-    return {"steps": steps}
+    return {"steps": steps, "largest_differences": largest}
 
 
 if __name__ == "__main__":
