@@ -34,7 +34,8 @@ NAMES = {"sample": "sampling", "judge": "judging", "update": "loss and update", 
 def run_side(side: str, workload: str, options: argparse.Namespace, *extra: str) -> dict[str, Any]:
     """One process of `side.py`; its last line of output."""
     command = [sys.executable, str(HERE / "side.py"), "--side", side, "--workload", workload]
-    command += ["--model", options.model, "--steps", str(options.steps), "--clock", options.clock, *extra]
+    steps = options.steps if workload == "w1" and side != "off" else 1
+    command += ["--model", options.model, "--steps", str(steps), "--clock", options.clock, *extra]
     environment = dict(os.environ)
     if options.threads:
         command += ["--threads", str(options.threads)]
@@ -70,7 +71,7 @@ def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
                 row[f"{side}_tokens"] = tokens
                 row[f"{side}_rate"] = (6 if stage == "update" else 2) * body * tokens / seconds / rate
         for other in steps.keys() - {"ours"}:
-            pairs = zip(steps[other], steps["ours"], strict=True)
+            pairs = zip(steps[other], steps["ours"], strict=False)
             row[f"{other}_ratio"] = statistics.median(a["seconds"][stage] / b["seconds"][stage] for a, b in pairs)
         summary["stages"][stage] = row
     for side, results in runs.items():
@@ -154,7 +155,7 @@ def document(results: dict[str, dict[str, Any]], profiles: dict[str, Any], optio
 
 Written by `python benchmarks/run.py`; do not edit. Machine: {processor()}, {os.cpu_count()} cores; {packages};
 model {options.model}; {clock}, {options.threads or "all"} threads; medians of {options.repeats} x {options.steps}
-steps (w1; of the others {options.steps}), sides in turns. bfloat16 matrix products were measured at
+steps (w1; one step of the others and with sharing off), after a step that is not counted, sides in turns. bfloat16 matrix products were measured at
 {w1["matmul_gflops"]:.0f} GFLOP/s.
 
 *Ours* is `RLMETrainer`. *TRL* is `GRPOTrainer` with a reward function as a careful user writes it: batched by length,
@@ -195,7 +196,9 @@ def main() -> None:
     parser.add_argument("--workload", choices=sorted(WORKLOADS), help="this one alone; BENCHMARKS.md stays as it is")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
     parser.add_argument("--model", default="builtin:smollm2-135m")
-    parser.add_argument("--steps", type=int, default=2, help="measured steps of each process (one more runs first)")
+    parser.add_argument(
+        "--steps", type=int, default=2, help="measured steps of each process on w1; one more runs first"
+    )
     parser.add_argument("--repeats", type=int, default=2, help="processes of each side")
     parser.add_argument("--threads", type=int, default=0, help="0: as torch chooses")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: on a machine that is shared")

@@ -60,7 +60,7 @@ class Workload:
 
 
 ALONE = ("w1-k1", "w1-k8")
-_SMALL = {"prompts": 2, "completion_tokens": 64}
+_SMALL = {"prompts": 1, "completion_tokens": 64}
 WORKLOADS = {
     w.name: w
     for w in (
@@ -68,15 +68,12 @@ WORKLOADS = {
         Workload("w1-k1", questions=1),  # these two: our side alone, for what a further question costs
         Workload("w1-k8", questions=8),
         Workload("prompt-64", prompt_tokens=64, **_SMALL),
-        Workload("prompt-256", prompt_tokens=256, **_SMALL),
         Workload("prompt-1024", prompt_tokens=1024, **_SMALL),
         Workload("group-2", group=2, **_SMALL),
-        Workload("group-4", group=4, **_SMALL),
         Workload("group-16", group=16, **_SMALL),
         Workload("questions-1", questions=1, **_SMALL),
         Workload("questions-8", questions=8, **_SMALL),
         Workload("live", live=True, **_SMALL),
-        Workload("evaluators-2", evaluators=2, **_SMALL),
         Workload("evaluators-3", evaluators=3, **_SMALL),
     )
 }
