@@ -155,8 +155,8 @@ def document(results: dict[str, dict[str, Any]], profiles: dict[str, Any], optio
 
 Written by `python benchmarks/run.py`; do not edit. Machine: {processor()}, {os.cpu_count()} cores; {packages};
 model {options.model}; {clock}, {options.threads or "all"} threads; medians of {options.repeats} x {options.steps}
-steps (w1; one step of the others and with sharing off), after a step that is not counted, sides in turns. bfloat16 matrix products were measured at
-{w1["matmul_gflops"]:.0f} GFLOP/s.
+steps (w1; one step of the others and with sharing off), after a step that is not counted, sides in turns. bfloat16
+matrix products were measured at {w1["matmul_gflops"]:.0f} GFLOP/s.
 
 *Ours* is `RLMETrainer`. *TRL* is `GRPOTrainer` with a reward function as a careful user writes it: batched by length,
 evaluator in bfloat16, logits of the label positions only, bfloat16 autocast, no gradient checkpointing, TRL's default
