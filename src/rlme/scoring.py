@@ -147,7 +147,7 @@ def continuation_logprobs(
     with evaluating(model):
         share = share and _may_share(model, sequences, gradient=False)
         places: list[Ints] = [np.empty(0, np.int64)] * len(sequences)
-        if known is not None and not (known.tokens and share):
+        if known is not None and not (known.tokens and share and sequences):
             known = None
         if known is not None:
             # The last token of a context has to be computed: its hidden state is what the head reads.
