@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rlme.errors import InputError
@@ -148,6 +148,7 @@ def test_every_integer_is_found_and_equal_however_it_is_written(n: int) -> None:
 
 
 @given(st.text(max_size=80))
+@example(" {")  # nothing but punctuation and space
 def test_any_text_gets_an_answer_or_none(text: str) -> None:
     for method in ("auto", "boxed", "####", "last_number", "text"):
         found = extract_answer(text, method)

@@ -113,7 +113,7 @@ def same_answer(predicted: str | None, gold: str, compare: Compare = "math") -> 
         return numeric
     if compare == "math" and _MATHEMATICAL.search(gold):
         return _plain_math(predicted) == _plain_math(gold) or _math_equal(predicted, gold)
-    return (_plain_text(predicted) or predicted) == (_plain_text(gold) or gold)
+    return (_plain_text(predicted) or predicted.strip()) == (_plain_text(gold) or gold.strip())
 
 
 def is_correct(completion: str, gold: str, *, method: str = "auto", compare: Compare = "math") -> bool:
