@@ -70,7 +70,7 @@ class Account:
     tokens_out: int = 0
     cost: float = 0.0
     spent_before: float = 0.0
-    """Money of the run's earlier sessions: it counts for `max_cost` and for nothing else here."""
+    """Money from before the run was resumed: it counts for `max_cost` and for nothing else here."""
     _reserved: float = 0.0
 
     def reserve(self, tokens_in: int, tokens_out: int) -> float:

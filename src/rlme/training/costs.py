@@ -42,13 +42,13 @@ class Costs:
         self.trainer, self.folder, self.console = trainer, folder, console
         self.steps, self.held_out, self.eval_every = steps, held_out, eval_every
         self.before: Totals = folder.read_spent()
-        """Totals of the sessions before this one."""
+        """Totals from before the run was resumed."""
         for evaluator in endpoints(trainer):
             spent = self.before.get(evaluator.name, {}).get("cost", 0.0)
             evaluator.account.spent_before = spent / trainer.accelerator.num_processes
 
     def totals(self) -> Totals:
-        """Of this session, all processes together (every process must call this)."""
+        """Since the last start, all processes together (every process must call this)."""
         parts = gather_object([{e.name: e.account.metrics() for e in endpoints(self.trainer)}])
         found: Totals = {}
         for part in parts:
@@ -59,7 +59,7 @@ class Costs:
         return found
 
     def save(self, totals: Totals) -> None:
-        """Write what the run has taken so far, with the sessions before."""
+        """Write what the run has taken so far, before and after being resumed."""
         if totals and self.trainer.accelerator.is_main_process:
             names = {**self.before, **totals}
             self.folder.write_spent(
