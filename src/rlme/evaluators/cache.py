@@ -34,6 +34,9 @@ CREATE INDEX IF NOT EXISTS answers_used ON answers (used);
 """
 
 
+_PATIENCE = 60.0  # seconds to wait for other processes
+
+
 @dataclass(frozen=True, slots=True)
 class CacheStats:
     """What a cache file holds."""
@@ -117,8 +120,8 @@ class JudgeCache:
         # SQLite connections must not cross a fork and are used by one thread at a time.
         owner = (os.getpid(), threading.get_ident())
         if owner not in self._connections:
-            connection = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
-            connection.execute("PRAGMA journal_mode = WAL")
+            connection = sqlite3.connect(self.path, timeout=_PATIENCE, isolation_level=None, check_same_thread=False)
+            _to_wal(connection)
             connection.execute("PRAGMA synchronous = NORMAL")  # a power cut may lose answers, never corrupt the file
             self._connections[owner] = connection
         return self._connections[owner]
@@ -149,6 +152,19 @@ class JudgeCache:
                 "DELETE FROM answers WHERE key IN (SELECT key FROM answers ORDER BY used LIMIT ?)", (drop,)
             )
             count -= drop
+
+
+def _to_wal(connection: sqlite3.Connection) -> None:
+    """Switch to a write-ahead log. SQLite does not wait here when another process does the same: it says "locked"."""
+    end = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > end:
+                raise
+            time.sleep(0.02)
 
 
 class CachedEvaluator:
