@@ -68,11 +68,6 @@ class KeyValues:
             piece = layer.keys[index[0], :, index[1]], layer.values[index[0], :, index[1]]
             self._pieces.setdefault(number, []).append(piece)
 
-    @property
-    def device(self) -> torch.device:
-        """Where they are held."""
-        return self._pieces[0][0][0].device
-
     def layer(self, number: int) -> tuple[Tensor, Tensor]:
         """Keys and values [N, K, d] of one layer."""
         pieces = self._pieces[number]

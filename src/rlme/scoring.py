@@ -292,18 +292,30 @@ def _may_reuse(model: nn.Module, sequence: Sequence[int], known: KeyValues, plac
             # Any tokens serve for the comparison: those of the sequence's end.
             rows = torch.arange(len(hidden))
             logps.append(head.read(hidden, rows, torch.tensor(sequence[len(places) :])))
-        difference = (logps[0] - logps[1]).abs()
-        precise = inner.dtype == torch.float32 and not torch.is_autocast_enabled(known.device.type)
-        found = float(difference.max() if precise else difference.mean())
-        allowed = TOLERANCE if precise else LOW_PRECISION_TOLERANCE
-        _reusable[inner] = found <= allowed or not bool(logps[0].isfinite().all())
-        if not _reusable[inner]:
+        reason = _difference(inner, *logps)
+        _reusable[inner] = reason is None
+        if reason is not None:
             warnings.warn(
                 f"{type(inner).__name__}: keys and values from sampling are not reused for judging (correct, but "
-                f"slower): log-probabilities differ by {found:.3g} (at most {allowed} is rounding)",
+                f"slower): {reason}",
                 stacklevel=3,
             )
     return _reusable.get(inner, True)
+
+
+def _tolerance(inner: PreTrainedModel) -> float:
+    rounding = inner.dtype != torch.float32 or torch.is_autocast_enabled(device_of(inner).type)
+    return LOW_PRECISION_TOLERANCE if rounding else TOLERANCE
+
+
+def _difference(inner: PreTrainedModel, plain: Tensor, ours: Tensor) -> str | None:
+    """What is wrong with our log-probabilities, if they differ from the plain ones by more than rounding."""
+    allowed = _tolerance(inner)
+    differences = (plain - ours).detach().abs()
+    difference = float(differences.max() if allowed == TOLERANCE else differences.mean())
+    if difference <= allowed or not bool(plain.isfinite().all()):
+        return None
+    return f"log-probabilities differ by {difference:.3g} (at most {allowed} is rounding)"
 
 
 def _sample(sequences: Sequence[Sequence[int]]) -> list[Sequence[int]]:
@@ -335,17 +347,14 @@ def _disagreement(model: nn.Module, sample: list[Sequence[int]], *, gradient: bo
             where = torch.from_numpy(np.concatenate([path[:-1] for path in forward.paths])).to(device)
             hidden = forward.hidden.index_select(0, where)
             ours, _ = LMHead(inner).logps(hidden, tokens[:, 1:].flatten(), 1.0, False)
-        rounding = inner.dtype != torch.float32 or torch.is_autocast_enabled(device.type)
-        differences = (plain - ours).detach().abs()
-        difference = float(differences.mean() if rounding else differences.max())
-        allowed = LOW_PRECISION_TOLERANCE if rounding else TOLERANCE
-        if not difference <= allowed and bool(plain.isfinite().all()):
-            return f"log-probabilities differ by {difference:.3g} (at most {allowed} is rounding)"
+        reason = _difference(inner, plain, ours)
+        if reason is not None:
+            return reason
         if differentiable:
             expected = torch.autograd.grad(plain.sum(), weights)[0].float()
             found = torch.autograd.grad(ours.sum(), weights)[0].float()
             relative = float((expected - found).norm() / expected.norm().clamp_min(1e-12))
-            if not relative <= max(0.01, allowed):
+            if not relative <= max(0.01, _tolerance(inner)):
                 return f"a gradient differs by {relative:.1%}"
     except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         return f"the shared pass failed: {error}"

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
+from rlme.scoring import completion_logps
+
 Ids = list[int]
 
 
@@ -67,16 +69,9 @@ def token_logps(trainer: Any, prompts: Sequence[Ids], answers: Sequence[Ids]) ->
     batch = trainer.args.per_device_train_batch_size
     for start in range(0, len(prompts), batch):
         ps, cs = prompts[start : start + batch], answers[start : start + batch]
-        left, right = max(map(len, ps)), max(1, *map(len, cs))
-        ids = torch.zeros((len(ps), left + right), dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for i, (p, c) in enumerate(zip(ps, cs, strict=True)):
-            ids[i, left - len(p) : left + len(c)] = torch.tensor([*p, *c])
-            mask[i, left - len(p) : left + len(c)] = 1
-        device = trainer.accelerator.device
-        with torch.no_grad():
-            logps, *_ = trainer._get_per_token_logps_and_entropies(
-                trainer.model, ids.to(device), mask.to(device), right, batch_size=len(ps)
+        with torch.no_grad(), trainer.accelerator.autocast():
+            logps, _ = completion_logps(
+                trainer.model, ps, cs, temperature=trainer.temperature, share=trainer.share_prefixes
             )
-        result += [row[: len(c)] for row, c in zip(logps.float().tolist(), cs, strict=True)]
+        result += [row[: len(c)] for row, c in zip(logps.tolist(), cs, strict=True)]
     return result

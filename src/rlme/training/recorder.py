@@ -221,6 +221,7 @@ class Recorder(TrainerCallback):
             trainer.reward.score(
                 prompts, completions, ids, trainer=trainer, columns=columns, enforce_failure_rate=False
             )
+            trainer.key_values = None
             for prompt, row, cut in zip(part, trainer.reward.rows, trainer._truncated, strict=True):
                 rows.append(row | {"prompt_index": prompt.index, "sample": 0, "truncated": cut, "advantage": None})
         torch.set_rng_state(state)

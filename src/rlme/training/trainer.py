@@ -127,7 +127,7 @@ class RLMETrainer(GRPOTrainer):
             else:
                 prompts.append(ids)
                 counts.append(1)
-        evaluators = self.reward.evaluators(self) if self.reward.questions else []
+        evaluators = self._evaluators()
         live = any(getattr(evaluator, "known", None) is not None for evaluator in evaluators)
         self.key_values = KeyValues() if live and not self.is_fsdp_enabled else None
         with (
@@ -173,7 +173,7 @@ class RLMETrainer(GRPOTrainer):
     def _on_finished(self, counts: list[int]) -> Callable[[int, int, Sampled], None] | None:
         """What starts the judging of a completion while others are still written, if any evaluator can."""
         rows = self.upcoming
-        able = hasattr(self.reward, "begin") and any(hasattr(e, "begin") for e in self.reward.evaluators(self))
+        able = hasattr(self.reward, "begin") and any(hasattr(e, "begin") for e in self._evaluators())
         parsed = any(getattr(self._tokenizer, name, None) for name in ("response_template", "response_schema"))
         if rows is None or not able or parsed:  # TRL reads parsed replies in its own way, all at once
             return None
@@ -190,10 +190,13 @@ class RLMETrainer(GRPOTrainer):
         stage, batch = ("train", self._step) if self.model.training else ("eval", self.state.global_step)
         return random.Random(f"{self.args.seed}-{stage}-{batch}-{self.accelerator.process_index}").getrandbits(63)
 
+    def _evaluators(self) -> list[Any]:
+        return self.reward.evaluators(self) if self.reward.questions else []
+
     # -- judge ------------------------------------------------------------------------------------------------------
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Any:
-        evaluators = self.reward.evaluators(self) if self.reward.questions else []
+        evaluators = self._evaluators()
         before = sum(getattr(e, "tokens_computed", 0) for e in evaluators)
         with self._timed("judge"):
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
