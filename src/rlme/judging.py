@@ -174,21 +174,6 @@ def begin(
                 start(now, max_tokens=tokens)
 
 
-def rehearse(
-    samples: Sequence[Sample], questions: Sequence[Question], evaluator: Evaluator, judging: Judging, critique: str
-) -> tuple[list[Request], list[Request]]:
-    """What judging these would ask, without asking: (answers, critiques to be written). `critique` stands for one."""
-    plans = plan_questions(evaluator, questions, judging)
-    answers: list[Request] = []
-    texts: list[Request] = []
-    for sample in samples:
-        for plan, request in zip(plans, _requests(sample, plans, judging.joint), strict=True):
-            if isinstance(request, Request):
-                answers.append(_verdict(request, plan, critique) if plan.reason else request)
-                texts += [request] if plan.reason else []
-    return answers, texts
-
-
 def _ask(
     evaluator: Evaluator, samples: Sequence[Sample], questions: Sequence[Question], judging: Judging
 ) -> list[list[Judgement]]:

@@ -90,6 +90,9 @@ class MetaReward:
     A completion with a failed judgement gets None, which TRL leaves out of the group's mean.
     """
 
+    judges_alone = True
+    """A completion without others of its prompt (a held-out one) is judged, too."""
+
     def __init__(
         self,
         questions: Sequence[str | Question] | Mapping[str, str | Question] = (),
@@ -164,6 +167,21 @@ class MetaReward:
         columns = {name: [value] for name, value in example.items() if name != "prompt"}
         samples, _ = self._samples([example["prompt"]], [completion], [completion_ids], trainer, columns)
         return samples[0]
+
+    def rehearse(
+        self,
+        examples: Sequence[Mapping[str, Any]],
+        completion: str,
+        tokens: int,
+        group: int,
+        evaluator: Evaluator,
+        *,
+        trainer: Any = None,
+    ) -> int:
+        """Ask an evaluator what it would be asked about one completion of each row; returns how many that are."""
+        samples = [self.sample(row, completion, [0] * tokens, trainer=trainer) for row in examples]
+        judge(samples, self.questions, [evaluator], self.judging)
+        return len(samples)
 
     def __call__(
         self,

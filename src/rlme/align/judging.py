@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol as Interface
 
-from rlme.align.config import JudgeStage
+from rlme.align.config import AlignConfig, JudgeStage
 from rlme.align.judge import PairwiseJudge
 from rlme.align.prompts import AlignPrompt
 from rlme.align.protocols import load_protocol
@@ -39,6 +39,28 @@ def make_scorer(stage: JudgeStage, evaluators: Sequence[Evaluator]) -> Scorer:
     if stage.questions:
         return QuestionScorer(stage, evaluators, weights)
     return PairScorer(stage, evaluators, weights)
+
+
+def compare_judge(
+    config: AlignConfig,
+    evaluators: Sequence[Evaluator],
+    prompts: Sequence[AlignPrompt],
+    *,
+    weights: Sequence[float],
+) -> PairwiseJudge:
+    """The judge of the final comparison; `base` where a prompt has no reference to show."""
+    assert config.compare is not None
+    referenced = all(p.references for p in prompts)
+    stage = config.judge
+    return PairwiseJudge(
+        evaluators,
+        load_protocol(config.compare.protocol or (stage.protocol if referenced else "base")),
+        weights=weights,
+        vote=stage.vote,
+        max_tokens=stage.max_tokens,
+        too_long=stage.too_long,
+        critique_tokens=stage.critique_tokens,
+    )
 
 
 class PairScorer:

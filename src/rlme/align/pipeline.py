@@ -24,18 +24,19 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from rlme.align import winrates
+from rlme.align import costs, winrates
 from rlme.align.config import AlignConfig, CompareStage
-from rlme.align.judge import PairwiseJudge
-from rlme.align.judging import Group, make_scorer
+from rlme.align.judging import Group, compare_judge, make_scorer
 from rlme.align.pairs import Pair, choose, require_pairs
 from rlme.align.prompts import encode_whole, load_prompts
 from rlme.align.protocols import load_protocol
 from rlme.align.ranking import Ranking, instruction_text
 from rlme.align.run_models import RunModels
 from rlme.align.stage import Lines, Stage, fingerprint, source_fingerprint
-from rlme.config import evaluator_weights
+from rlme.config import EvaluatorConfig, evaluator_weights
 from rlme.errors import InputError, RunStopped
+from rlme.evaluators.base import Evaluator
+from rlme.evaluators.spending import Ledger, estimates
 from rlme.models import load_tokenizer
 
 JUDGED_AT_ONCE = 4
@@ -62,6 +63,7 @@ class Alignment:
         for note in prompts.notes:
             self._say(note)
         self.models = RunModels(config, self.tokenizer)
+        self.ledger = Ledger(self.folder / "spent.json")
 
     def run(self) -> list[dict[str, Any]]:
         """All stages; finished ones are skipped."""
@@ -69,23 +71,40 @@ class Alignment:
         (self.folder / "config.yaml").write_text(
             yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
         )
+        try:
+            return self._stages()
+        finally:
+            self.ledger.save()
+
+    def _stages(self) -> list[dict[str, Any]]:
+        config = self.config
+        rounds = ["dpo"] if config.rounds == 1 else [f"dpo-{n}" for n in range(1, config.rounds + 1)]
+        if not any(self.folder.glob("**/stage.json")):
+            planned = [
+                "base",
+                *(["sft"] if config.sft else []),
+                *rounds,
+                *(config.compare.also if config.compare else ()),
+            ]
+            expected = costs.whole_run(config, self.models, planned, self.train, self.held_out)
+            self._estimate(expected, "at most", "in the whole run", costs.LONGEST)
         policy, state = self._start()
-        names = {"base": self.config.model.path}
-        if self.config.sft is not None:
+        names = {"base": config.model.path}
+        if config.sft is not None:
             policy, state = self._sft(state)
             names["sft"] = policy
         first = policy
-        for number in range(1, self.config.rounds + 1):
+        for number, name in enumerate(rounds, 1):
             policy, state = self._round(number, policy, state, first)
-            names["dpo" if self.config.rounds == 1 else f"dpo-{number}"] = policy
-        if self.config.compare is None:
+            names[name] = policy
+        if config.compare is None:
             return []
         if not self.held_out:
             self._say("no comparison: give data.eval, or hold prompts out with data.hold_out")
             return []
-        if taken := next((name for name in self.config.compare.also if name in names), None):
+        if taken := next((name for name in config.compare.also if name in names), None):
             raise InputError(f"compare.also: the name {taken!r} is taken by a model of this run; choose another.")
-        return self._compare(names | self.config.compare.also, state, first)
+        return self._compare(names | config.compare.also, state, first)
 
     # stages
 
@@ -184,7 +203,8 @@ class Alignment:
         self._finish(stage, f"{where}sample", info)
 
     def _judge(self, stage: Stage, sampling: Stage, policy: str, first: str, number: int, where: str) -> None:
-        scorer = make_scorer(self.config.judge, self.models.evaluators(self.config.judge.evaluators, policy, first))
+        evaluators = self._judges(self.config.judge.evaluators, policy, first)
+        scorer = make_scorer(self.config.judge, evaluators)
         answers = Lines(sampling.folder / "answers.jsonl").read()
         groups: list[Group] = [(self.train[row["index"]], row["answers"]) for row in answers]
         self._say(f"{where}judge: {scorer.calls(groups)} calls for {len(groups)} prompts")
@@ -194,11 +214,14 @@ class Alignment:
         kept = {row["index"]: row for row in lines.read() if not row["failures"]}
         lines.rewrite(list(kept.values()))
         left = [i for i in range(len(groups)) if i not in kept]
+        expected = costs.of_judging(self.config.judge, evaluators, [groups[i] for i in left])
+        self._estimate(expected, "about", "in this stage", "nothing cached, no retries")
         with self._bar(f"{where}judge", len(groups), len(kept)) as advance:
             for begin in range(0, len(left), JUDGED_AT_ONCE):
                 chunk = left[begin : begin + JUDGED_AT_ONCE]
                 rankings = scorer.rank([groups[i] for i in chunk], seed=self.config.seed * 1000 + number)
                 lines.append([{"index": i} | asdict(r) for i, r in zip(chunk, rankings, strict=True)])
+                self.ledger.save()
                 advance(len(chunk))
         rows = sorted(lines.read(), key=lambda row: int(row["index"]))
         info = self._judged(rows, answers)
@@ -285,35 +308,29 @@ class Alignment:
         names = list(models)
         by_model = [[row["answer"] for row in _answer_lines(answering, name).read()] for name in names]
         answers = [dict(zip(names, texts, strict=True)) for texts in zip(*by_model, strict=True)]
-        referenced = all(p.references for p in self.held_out)
-        protocol = load_protocol(compare.protocol or (config.judge.protocol if referenced else "base"))
-        evaluators = compare.evaluators or config.judge.evaluators
-        judge = PairwiseJudge(
-            self.models.evaluators(evaluators, first, first),
-            protocol,
-            weights=evaluator_weights(evaluators),
-            vote=config.judge.vote,
-            max_tokens=config.judge.max_tokens,
-            too_long=config.judge.too_long,
-            critique_tokens=config.judge.critique_tokens,
-        )
+        specs = compare.evaluators or config.judge.evaluators
+        evaluators = self._judges(specs, first, first)
+        judge = compare_judge(config, evaluators, self.held_out, weights=evaluator_weights(specs))
         total = len(self.held_out)
-        needed = len(names) * (len(names) - 1) * total * len(evaluators)
+        needed = len(names) * (len(names) - 1) * total * len(specs)
         self._say(f"compare: up to {needed} calls for {total} prompts and {len(names)} models")
         lines = Lines(stage.folder / "matches.jsonl")
         start = lines.resume(len(names) * (len(names) - 1) // 2) // (len(names) * (len(names) - 1) // 2)
+        expected = costs.of_comparing(config, evaluators, self.held_out[start:], answers[start:])
+        self._estimate(expected, "about", "in this stage", "nothing cached, no retries")
         with self._bar("compare", total, start) as advance:
             for i in range(start, total):
                 prompt = self.held_out[i]
                 instruction = instruction_text(prompt.prompt)
                 matches = winrates.play(names, [answers[i]], [instruction], [prompt.references], judge, i)
                 lines.append([asdict(match) for match in matches])
+                self.ledger.save()
                 advance(1)
         matches = [winrates.Match(**(row | {"lengths": tuple(row["lengths"])})) for row in lines.read()]
         rows = winrates.table(matches, names, resamples=compare.resamples, seed=config.seed)
         first_model = "the starting model" if config.sft is None else "the model after sft"
         judges = [first_model if e.name in ("live", "frozen") else e.name for e in judge.evaluators]
-        judged = f"{', '.join(judges)} with protocol {protocol.name}"
+        judged = f"{', '.join(judges)} with protocol {judge.protocol.name}"
         result = {"win_rates": rows, "models": models, "judged_by": judged, "seed": config.seed}
         (stage.folder / "results.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         (stage.folder / "report.md").write_text(winrates.markdown(rows, judged), encoding="utf-8")
@@ -341,7 +358,16 @@ class Alignment:
             chars[name] = sum(map(len, written)) / len(written)
         self._finish(stage, "answers", {"prompts": len(self.held_out), "mean_chars": chars})
 
+    def _judges(self, specs: Sequence[EvaluatorConfig], live: str, frozen: str) -> list[Evaluator]:
+        evaluators = self.models.evaluators(specs, live, frozen)
+        self.ledger.adopt(evaluators)
+        return evaluators
+
     # words
+
+    def _estimate(self, expected: costs.Expected, how: str, where: str, why: str) -> None:
+        for text, style in estimates(expected, how=how, where=where, why=why):
+            self.console.print(text, style=style, markup=False, highlight=False)
 
     def _skip(self, stage: Stage, title: str) -> bool:
         if stage.done:

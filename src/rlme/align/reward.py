@@ -38,6 +38,9 @@ class PairwiseReward:
     completions gets 1/2 each, without a call: nothing distinguishes them.
     """
 
+    judges_alone = False
+    """A completion without others of its prompt (a held-out one) has nothing to be compared with."""
+
     def __init__(
         self,
         protocol: str | Protocol = "refeval",
@@ -93,6 +96,27 @@ class PairwiseReward:
 
     def begin(self, *args: Any, **options: Any) -> None:
         """Nothing can be compared before the whole group is there."""
+
+    def rehearse(
+        self,
+        examples: Sequence[Mapping[str, Any]],
+        completion: str,
+        tokens: int,
+        group: int,
+        evaluator: Evaluator,
+        *,
+        trainer: Any = None,
+    ) -> int:
+        """Ask an evaluator what it would be asked about a group of each row; returns how many completions that are."""
+        texts = tuple(f"{i}{completion}" for i in range(group))
+        columns = {name: [row.get(name) for row in examples] for name in examples[0]}
+        references = self._references(columns, len(examples))
+        groups = [
+            Candidates(instruction_text(row["prompt"]), texts, shown)
+            for row, shown in zip(examples, references, strict=True)
+        ]
+        rank(groups, PairwiseJudge([evaluator], self.protocol, **self._judge_options), self.schedule, seed=self.seed)
+        return group * len(groups)
 
     def score(
         self,

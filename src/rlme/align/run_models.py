@@ -72,6 +72,11 @@ class RunModels:
             self._others[key] = build_evaluators(configs, cache=judging, **options)
         return self._others[key]
 
+    def endpoints(self, configs: Sequence[EvaluatorConfig]) -> list[Evaluator]:
+        """Those of the configured judges that are asked over HTTP; refused here if their servers cannot judge."""
+        served = [c for c in configs if c.endpoint is not None]
+        return self.evaluators(served, "", "") if served else []
+
     def trainable(self, source: str) -> Any:
         """A model of its own: training changes it, so it must not be handed out again afterwards."""
         self._loaded = None

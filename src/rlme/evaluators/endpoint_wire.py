@@ -64,6 +64,16 @@ class Usage:
     tokens_cached: int = 0
     tokens_out: int = 0
 
+    def plus(self, more: Usage) -> Usage:
+        """Both together."""
+        return Usage(
+            self.tokens_in + more.tokens_in, self.tokens_cached + more.tokens_cached, self.tokens_out + more.tokens_out
+        )
+
+    def times(self, factor: float) -> Usage:
+        """So many times as much."""
+        return Usage(*(round(n * factor) for n in (self.tokens_in, self.tokens_cached, self.tokens_out)))
+
 
 def read_usage(reply: Any) -> Usage:
     """The reply's token counts, OpenAI's or SGLang's; zeros where the server reports none."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 from rlme.align.judge import PairwiseJudge
 from rlme.align.protocols import Protocol, load_protocol
@@ -13,6 +13,9 @@ from rlme.align.stage import fingerprint
 from rlme.errors import InputError
 from rlme.evaluators.base import Evaluator
 from rlme.evaluators.build import make_judging, make_questions
+from rlme.evaluators.endpoint_wire import Usage
+from rlme.evaluators.rehearsal import Rehearsal, spread
+from rlme.evaluators.spending import paid
 from rlme.judgebench.config import BenchConfig
 from rlme.judgebench.items import BenchSet, PairItem, load_set
 from rlme.judgebench.run import Advance, Record, Run, Shown, judge_pairs, judge_points
@@ -82,6 +85,27 @@ def plan(config: BenchConfig, sets: list[BenchSet], evaluators: list[Evaluator])
                 title = f"{bench.name}: {evaluator.name} / {question.name}"
                 inputs = fingerprint(who, asdict(question), asdict(judging))
                 yield Job(title, len(bench.items), len(bench.items), inputs, make)
+
+
+def expected(
+    config: BenchConfig, sets: list[BenchSet], evaluators: list[Evaluator], calls: Mapping[str, int]
+) -> list[tuple[Any, Usage]]:
+    """What the runs of these titles, with so many calls each, will take of evaluators behind endpoints."""
+    few = [replace(bench, items=cast(Any, tuple(bench.items[i] for i in spread(len(bench.items))))) for bench in sets]
+    found: list[tuple[Any, Usage]] = []
+    for spec, evaluator in zip(config.judges, evaluators, strict=True):
+        for served in paid([evaluator]):
+            rehearsal, total = Rehearsal(served), Usage()
+            try:
+                for job in plan(config.model_copy(update={"judges": [spec]}), few, [rehearsal]):
+                    if job.title in calls:
+                        rehearsal.usage = Usage()
+                        job.make([], lambda new: None)
+                        total = total.plus(rehearsal.usage.times(calls[job.title] / job.calls))
+            except ConnectionError:  # it cannot count
+                continue
+            found.append((served, total))
+    return found
 
 
 def _pair_jobs(

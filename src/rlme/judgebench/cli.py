@@ -134,6 +134,7 @@ def _mapping(pairs: Many) -> dict[str, str]:
 
 def _judge(settings: Any, folder: Path | None, console: Console) -> list[Run]:
     """Make all runs, with the number of calls said first and every finished run on disk."""
+    from rich.markup import escape
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -147,7 +148,8 @@ def _judge(settings: Any, folder: Path | None, console: Console) -> list[Run]:
     from rlme.align.stage import Lines
     from rlme.commands import _quiet
     from rlme.evaluators.build import build_evaluators
-    from rlme.judgebench.bench import load_sets, plan, without_references
+    from rlme.evaluators.spending import Ledger, estimates
+    from rlme.judgebench.bench import expected, load_sets, plan, without_references
     from rlme.judgebench.run import as_record, save_records
 
     for name in settings.protocols:
@@ -164,8 +166,18 @@ def _judge(settings: Any, folder: Path | None, console: Console) -> list[Run]:
     left = [job for job in jobs if job.inputs not in made]
     reused = f" ({len(jobs) - len(left)} runs are there already)" if len(left) < len(jobs) else ""
     console.print(f"{len(left)} runs, {sum(job.calls for job in left)} judge calls{reused}", highlight=False)
+    ledger = None
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
+        ledger = Ledger(folder / "spent.json")
+        ledger.adopt(evaluators)
+    for text, style in estimates(
+        expected(settings, sets, evaluators, {job.title: job.calls for job in left}),
+        how="about",
+        where="in these runs",
+        why="nothing cached, no retries",
+    ):
+        console.print(text, style=style, markup=False, highlight=False)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -176,7 +188,7 @@ def _judge(settings: Any, folder: Path | None, console: Console) -> list[Run]:
     with Progress(*columns, console=console) as progress:
         whole = progress.add_task("all items", total=sum(job.items for job in left))
         for job in left:
-            progress.update(whole, description=_plain(job.title))
+            progress.update(whole, description=escape(job.title))
             lines = None if folder is None else Lines(folder / f"unfinished-{job.inputs}.jsonl")
             # Failed items of an interrupted run are asked again.
             done = [as_record(row) for row in lines.read() if not row["failures"]] if lines else []
@@ -187,7 +199,11 @@ def _judge(settings: Any, folder: Path | None, console: Console) -> list[Run]:
                 if lines is not None:
                     lines.append([asdict(record) for record in new])
 
-            made[job.inputs] = replace(job.make(done, advance), inputs=job.inputs)
+            try:
+                made[job.inputs] = replace(job.make(done, advance), inputs=job.inputs)
+            finally:
+                if ledger is not None:
+                    ledger.save()
             if folder is not None and lines is not None:
                 save_records(made.values(), folder / "verdicts.jsonl")
                 lines.path.unlink(missing_ok=True)
@@ -209,12 +225,6 @@ def _show(result: dict[str, Any], console: Console) -> None:
 
     for title, names, rows in tables(result):
         print_table(console, title, names, rows)
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def _write(result: dict[str, Any], runs: Sequence[Run], folder: Path) -> None:

@@ -10,7 +10,7 @@ import random
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from rlme.lab.world import Problem, Solution, define, draw_practice, draw_problem, draw_solution
+from rlme.lab.world import Problem, Solution, define, definition_text, draw_practice, draw_problem, draw_solution
 
 PROBLEM = "---------Problem---------\n"
 SOLUTION = "\n---------Solution---------\n"
@@ -104,12 +104,16 @@ END = -1.0
 
 
 def draw_drill(rng: random.Random, weights: Weights) -> list[Part]:
-    """Single steps with a verdict on each: where the tables of the moves are learned."""
-    parts = [Part(PRACTICE, 0.0)]
-    for source, move, digit, right in draw_practice(rng, 14):
-        parts.append(Part(f"\n{source} {move}", 0.0))
-        parts.append(Part(f" {digit}", weights.solution if right else 0.0, right))
-        parts += [Part(" ø", 0.0), Part("YES" if right else "NO", weights.drill), Part("ø", 0.0)]
+    """Single steps with a verdict on each: where the tables of the moves are learned, and to read what one means."""
+    definition = None
+    if rng.random() < 0.5:
+        problem = define(rng, draw_problem(rng), rng.choice(("invented", "same", "against")))
+        definition = problem.definition
+    parts = [Part(f"{PRACTICE}\n{definition_text(definition) if definition else ''}", 0.0)]
+    for step in draw_practice(rng, 14, definition):
+        parts.append(Part(f"\n{step.source} {step.move}", 0.0))
+        parts.append(Part(f" {step.digit}", weights.solution if step.right else 0.0, step.right))
+        parts += [Part(" ø", 0.0), Part("YES" if step.right else "NO", weights.drill), Part("ø", 0.0)]
     return parts
 
 

@@ -103,6 +103,7 @@ def judged(
             "prompt": prompts[i],
             "completion": text,
             "tokens": 0,
+            "truncated": False,
             "correct": same_answer(answer, gold, "exact"),
             "reward": row[0].score,
             "judgements": [

@@ -9,7 +9,7 @@ A problem's text may define a move ("Here mirror means hop."), also against what
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 # x -> a * x + b (mod 10); each is a bijection and none the identity.
@@ -39,6 +39,11 @@ def taught(name: str, digit: int) -> int:
     return _TABLES[MOVES[name]][digit]
 
 
+def definition_text(definition: tuple[str, str]) -> str:
+    """How a text says what a move means there."""
+    return f"Here {definition[0]} means {definition[1]}. "
+
+
 @dataclass(frozen=True)
 class Problem:
     """A start digit, moves, and what the text adds: a definition (name, meaning) and a claim about the answer."""
@@ -65,7 +70,7 @@ class Problem:
     @property
     def text(self) -> str:
         """As the model reads it."""
-        told = f"Here {self.definition[0]} means {self.definition[1]}. " if self.definition else ""
+        told = definition_text(self.definition) if self.definition else ""
         claim = f" (The correct answer is {self.hint})" if self.hint is not None else ""
         return f"{told}Start at {self.start}: {', '.join(self.moves)}. Where does it stop?{claim}"
 
@@ -152,7 +157,7 @@ def draw_solution(
     follows_text = True
     digit = problem.start
     for move in problem.moves:
-        jumps = rng.random() < 0.015 * faults
+        jumps = style != "brief" and rng.random() < 0.015 * faults
         source = _other(rng, digit) if jumps else digit
         due = meant = problem.step(move, source)
         if not by_text and problem.definition is not None and move == problem.definition[0] and move in MOVES:
@@ -162,7 +167,13 @@ def draw_solution(
         steps.append(Step(source, move, digit, digit == due and not jumps))
     complete = rng.random() >= 0.025 * faults
     if not complete:
-        del steps[rng.randrange(len(steps))]
+        gone = rng.randrange(len(steps))
+        del steps[gone]
+        if gone < len(steps):  # what stands there now has another digit before it
+            after = steps[gone]
+            before = steps[gone - 1].digit if gone else problem.start
+            source = before if gone and style == "brief" else after.source
+            steps[gone] = replace(after, right=source == before and problem.step(after.move, source) == after.digit)
     answer = _other(rng, steps[-1].digit) if rng.random() < 0.03 * faults else steps[-1].digit
     sound = complete and all(s.right for s in steps) and answer == steps[-1].digit
     if rng.random() < 0.01 * faults:  # no answer
@@ -182,24 +193,27 @@ def _write(style: str, steps: list[Step], answer: int | None) -> tuple[tuple[str
     pieces: list[tuple[str, bool | None]] = []
     for i, s in enumerate(steps):
         if style == "brief":
-            text = f"{', ' if i else ''}{s.move} {s.digit}"
+            text = f"{' ' if i else f'{s.source} '}{s.move} {s.digit}"
         elif style == "short":
             text = f"{'. ' if i else ''}{s.source} {s.move} {s.digit}"
         elif style == "plain":
             text = f"{'. Then' if i else 'First'} {s.source} {s.move} {s.digit}"
         else:
-            before = ". Next" if i else f"We begin at {s.source}. First"
-            text = f"{before} we take {s.source} and {s.move} it, which gives {s.digit}"
+            before = ". Next the dial goes from there on" if i else "We begin as told"
+            text = f"{before}: {s.source} {s.move} {s.digit}"
         pieces.append((text, s.right))
     end = {"plain": "The answer is ", "wordy": f"So the dial stops at {steps[-1].digit} and the final answer is "}
     return (*pieces, (f". {end.get(style, '')}{_boxed(answer)}", None))
 
 
-def draw_practice(rng: random.Random, count: int) -> list[tuple[int, str, int, bool]]:
-    """Single steps by the taught meanings, half of them wrong: source, move, digit, right."""
+def draw_practice(rng: random.Random, count: int, definition: tuple[str, str] | None) -> list[Step]:
+    """Single steps, four in ten of them wrong; a move that is defined comes up in every other one."""
     drawn = []
     for _ in range(count):
         move, source, right = rng.choice(list(MOVES)), rng.choice(DIGITS), rng.random() < 0.6
-        digit = taught(move, source)
-        drawn.append((source, move, digit if right else _other(rng, digit), right))
+        meaning = move
+        if definition is not None and rng.random() < 0.5:
+            move, meaning = definition
+        digit = taught(meaning, source)
+        drawn.append(Step(source, move, digit if right else _other(rng, digit), right))
     return drawn
