@@ -121,6 +121,12 @@ def test_what_is_saved_loads_and_is_safetensors(lora: bool, tiny_policy_dir: Pat
         assert (tmp_path / "run" / "final-adapter" / "adapter_model.safetensors").is_file()
 
 
+def test_known_answers_alone_ask_nobody(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    data = {"completion_format": r"regex:(\S)", "answer_format": "####"}
+    train(str(write_config(tmp_path, tiny_policy_dir, reward={"mode": "rlvr"}, questions={}, data=data)))
+    assert all(r["judgements"] == [] and r["reward"] in (0.0, 1.0) for r in read_rollouts(tmp_path / "run"))
+
+
 @pytest.mark.parametrize("mode", ["rlvr", "rlvr+rlme normalized", "rlvr+rlme sum"])
 def test_reward_modes(mode: str, tiny_policy_dir: Path, tmp_path: Path) -> None:
     name, _, combine = mode.partition(" ")

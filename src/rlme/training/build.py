@@ -98,7 +98,7 @@ def make_reward(config: Config, evaluators: list[str | Evaluator]) -> MetaReward
     return MetaReward(
         make_questions(config.questions),
         evaluators,
-        evaluator_weights=config.evaluator_weights(),
+        evaluator_weights=config.evaluator_weights() if evaluators else None,  # nobody is asked nothing
         judging=make_judging(config.judging),
         mode=config.reward.mode,
         combine=config.reward.combine,
