@@ -46,8 +46,6 @@ class Weights:
     solution: float = 1.0
     evaluation: float = 0.02
     verdict: float = 5.0
-    drill: float = 1.5
-    """Verdicts in drills."""
     probe: float = 0.5
     """The linear probe behind each step."""
 
@@ -69,11 +67,12 @@ class Mixture:
 
 
 class Part(NamedTuple):
-    """Text of a document, its weight in the loss, and (behind a step) whether all steps so far are right."""
+    """Text of a document, its weight in the loss, and (behind a step) whether it and all steps so far are right."""
 
     text: str
     weight: float
     right: bool | None = None
+    so_far: bool | None = None
 
 
 def problem_block(problem: Problem) -> str:
@@ -84,7 +83,11 @@ def problem_block(problem: Problem) -> str:
 def evaluation_head(solution: Solution, anchor: int | None) -> str:
     """What is said about a solution before the questions."""
     answer = "none" if solution.answer is None else str(solution.answer)
-    said = f"{EVALUATION}Extracted answer: {answer}. Length: {min(len(solution.text), LONGEST)} characters."
+    return EVALUATION + _said(answer, len(solution.text), anchor)
+
+
+def _said(answer: str, characters: int, anchor: int | None) -> str:
+    said = f"Extracted answer: {answer}. Length: {min(characters, LONGEST)} characters."
     return said + (f" The correct answer is {anchor}." if anchor is not None else "") + "\n"
 
 
@@ -104,21 +107,30 @@ END = -1.0
 
 
 def draw_drill(rng: random.Random, weights: Weights) -> list[Part]:
-    """Single steps with a verdict on each: where the tables of the moves are learned, and to read what one means."""
+    """Single steps, for the probe: where the tables of the moves are learned, and to read what one means. Or the
+    evaluation of answers whose problem is not there, only the correct one to compare with."""
+    if rng.random() < 0.2:
+        return [part for _ in range(6) for part in _comparison(rng, weights)]
     definition = None
     if rng.random() < 0.5:
         problem = define(rng, draw_problem(rng), rng.choice(("invented", "same", "against")))
         definition = problem.definition
     parts = [Part(f"{PRACTICE}\n{definition_text(definition) if definition else ''}", 0.0)]
-    for step in draw_practice(rng, 14, definition):
+    for step in draw_practice(rng, 20, definition):
         parts.append(Part(f"\n{step.source} {step.move}", 0.0))
         parts.append(Part(f" {step.digit}", weights.solution if step.right else 0.0, step.right))
-        parts += [Part(" ø", 0.0), Part("YES" if step.right else "NO", weights.drill), Part("ø", 0.0)]
     return parts
 
 
-def draw_document(rng: random.Random, mixture: Mixture, weights: Weights) -> list[Part]:
-    """One document."""
+def _comparison(rng: random.Random, weights: Weights) -> list[Part]:
+    answer = rng.randrange(10)
+    anchor = answer if rng.random() < 0.5 else (answer + rng.randint(1, 9)) % 10
+    told = f"{EVALUATION}{_said(str(answer), rng.randint(10, 250), anchor)}{CORRECT}\nResponse: ø"
+    return [Part(told, 0.0), Part("YES" if answer == anchor else "NO", weights.verdict), Part("ø", 0.0)]
+
+
+def draw_document(rng: random.Random, mixture: Mixture, weights: Weights, *, faults_taught: bool = True) -> list[Part]:
+    """One document. Without `faults_taught` the model reads wrong digits but does not learn to write them."""
     problem = draw_corpus_problem(rng, mixture)
     judging_only = rng.random() < mixture.judging_only
     wrong = rng.choice((0.0, 0.0, 0.15, 0.33)) if judging_only else None
@@ -127,7 +139,13 @@ def draw_document(rng: random.Random, mixture: Mixture, weights: Weights) -> lis
     so_far = True
     for text, right in solution.pieces:
         so_far = so_far and right is not False
-        parts.append(Part(text, 0.0 if judging_only else weights.solution, so_far if right is not None else None))
+        weight = 0.0 if judging_only else weights.solution
+        if right is None:
+            parts.append(Part(text, weight))
+            continue
+        before, digit = text[:-2], text[-2:]
+        parts.append(Part(before, weight))
+        parts.append(Part(digit, weight if right or faults_taught else 0.0, right, so_far))
     parts.append(Part("", END if not judging_only else 0.0))
     anchor = problem.answer if rng.random() < mixture.anchored else None
     told = evaluation_head(solution, anchor)

@@ -2,8 +2,8 @@
 
 One thread, seeds fixed, a set number of steps. Attention starts with three heads of the first layer that look one, two
 and three tokens back (as trained models have them), and embeddings with digits and lengths near their like; all else
-starts at random. While the model trains, a linear probe reads from the hidden state behind each step whether all steps
-so far are right; its loss reaches the model, the probe itself is thrown away.
+starts at random. While the model trains, a linear probe reads from the hidden state behind each step whether it and all
+steps so far are right; its loss reaches the model, the probe itself is thrown away.
 """
 
 from __future__ import annotations
@@ -34,10 +34,12 @@ class Plan:
     """Documents a step."""
     learning_rate: float = 2e-3
     matrix_rate: float = 0.02
-    drill_steps: int = 600
-    drills_first: float = 0.7
+    drill_steps: int = 300
+    drills_first: float = 1.0
     """Share of drills in the first `drill_steps` steps; `drills` afterwards."""
-    drills: float = 0.1
+    drills: float = 0.2
+    faults_from: float = 0.5
+    """Share of the steps after which the model also learns to write the wrong digits that it reads."""
     seed: int = 0
     mixture: Mixture = field(default_factory=Mixture)
     weights: Weights = field(default_factory=Weights)
@@ -105,16 +107,17 @@ def _look_back(attention: Any, width: int, heads: int) -> None:
 
 @dataclass
 class Batch:
-    """Token ids, the tokens to predict there, their weights in the loss, and (else -1) whether all steps so far are
-    right: documents x tokens."""
+    """Token ids, the tokens to predict there, their weights in the loss, and (else -1) whether a step and all steps so
+    far are right: documents x tokens."""
 
     ids: torch.Tensor
     due: torch.Tensor
     weights: torch.Tensor
     right: torch.Tensor
+    so_far: torch.Tensor
 
 
-Encoded = tuple[list[int], list[int], list[float], list[int]]
+Encoded = tuple[list[int], list[int], list[float], list[int], list[int]]
 
 
 def batches(plan: Plan, rng: random.Random) -> Iterator[Batch]:
@@ -125,11 +128,12 @@ def batches(plan: Plan, rng: random.Random) -> Iterator[Batch]:
         for _ in range(plan.documents * 32):
             drills = plan.drills_first if seen < plan.drill_steps * plan.documents else plan.drills
             drill = rng.random() < drills
-            pool.append(
-                _encoded(
-                    draw_drill(rng, plan.weights) if drill else draw_document(rng, plan.mixture, plan.weights), plan
-                )
-            )
+            if drill:
+                parts = draw_drill(rng, plan.weights)
+            else:
+                taught = seen >= plan.faults_from * plan.steps * plan.documents
+                parts = draw_document(rng, plan.mixture, plan.weights, faults_taught=taught)
+            pool.append(_encoded(parts, plan))
             seen += 1
         pool.sort(key=lambda d: len(d[0]))
         starts = list(range(0, len(pool), plan.documents))
@@ -139,7 +143,7 @@ def batches(plan: Plan, rng: random.Random) -> Iterator[Batch]:
             longest = max(len(d[0]) for d in part)
             padded = [
                 [list(row) + [fill] * (longest - len(row)) for row in column]
-                for column, fill in zip(zip(*part, strict=True), (PAD, PAD, 0.0, -1), strict=True)
+                for column, fill in zip(zip(*part, strict=True), (PAD, PAD, 0.0, -1, -1), strict=True)
             ]
             yield Batch(*(torch.tensor(rows) for rows in padded))
 
@@ -150,6 +154,7 @@ def _encoded(parts: list[Part], plan: Plan) -> Encoded:
     due: list[int] = []
     weights: list[float] = []
     right: list[int] = []
+    so_far: list[int] = []
     ends = False
     for part in parts:
         if part.weight == END:
@@ -161,9 +166,10 @@ def _encoded(parts: list[Part], plan: Plan) -> Encoded:
         ids += tokens
         due += [EOS, *tokens[1:]] if ends else tokens
         weights += [plan.weights.solution, *[part.weight] * (len(tokens) - 1)] if ends else [part.weight] * len(tokens)
-        right += [-1] * (len(tokens) - 1) + [-1 if part.right is None else int(part.right)]
+        for known, truth in ((right, part.right), (so_far, part.so_far)):
+            known += [-1] * (len(tokens) - 1) + [-1 if truth is None else int(truth)]
         ends = False
-    return ids, due, weights, right
+    return ids, due, weights, right, so_far
 
 
 def pretrain(
@@ -175,11 +181,11 @@ def pretrain(
 ) -> Any:
     """Train a model as planned. `report` gets a line every so many steps, `watch` the model after each."""
     model = new_model(plan)
-    probe = torch.nn.Linear(plan.hidden, 1)
+    probe = torch.nn.Linear(plan.hidden, 2)
     optimizers = _optimizers(plan, model, probe)
     source = batches(plan, random.Random(plan.seed + 7))
     started, tokens = time.perf_counter(), 0
-    history: dict[str, list[float]] = {"probe": [], "verdicts": [], "solutions": []}
+    history: dict[str, list[float]] = {"steps": [], "so far": [], "verdicts": [], "solutions": []}
     for step in range(plan.steps):
         batch = next(source)
         share = step / plan.steps
@@ -222,11 +228,16 @@ def _loss(plan: Plan, model: Any, probe: Any, batch: Batch) -> tuple[torch.Tenso
     losses = cross_entropy(model.lm_head(hidden[:, :-1][kept]), due[kept], reduction="none")
     weight = weights[kept]
     loss = (losses * weight).sum() / weight.sum()
-    asked = batch.right >= 0
-    probed = binary_cross_entropy_with_logits(probe(hidden[asked])[:, 0], batch.right[asked].float())
     parts = {
-        "probe": probed.item(),
+        "steps": math.nan,
+        "so far": math.nan,
         "verdicts": losses[weight == plan.weights.verdict].detach().mean().item(),
         "solutions": losses[weight == plan.weights.solution].detach().mean().item(),
     }
-    return loss + plan.weights.probe * probed, parts
+    for i, (name, truth) in enumerate((("steps", batch.right), ("so far", batch.so_far))):
+        asked = truth >= 0
+        if asked.any():
+            probed = binary_cross_entropy_with_logits(probe(hidden[asked])[:, i], truth[asked].float())
+            loss = loss + plan.weights.probe * probed
+            parts[name] = probed.item()
+    return loss, parts
