@@ -16,8 +16,8 @@ from rlme.lab.pretrain import Plan
 BASE = Plan()
 PLANS: dict[str, Plan] = {
     "lab": BASE,
-    "lab-small": replace(BASE, hidden=64, layers=3, seed=1),
-    "lab-judge": replace(BASE, seed=2, mixture=Mixture(judging_only=0.9, anchored=0.05)),
+    "lab-small": replace(BASE, hidden=64, layers=3, seed=1, steps=4000),
+    "lab-judge": replace(BASE, seed=2, steps=3000, mixture=Mixture(judging_only=0.9)),
     "lab-weak": replace(BASE, seed=3, steps=700),
 }
 """The base model; a smaller one; one that was taught little but judging; one whose training ended early."""

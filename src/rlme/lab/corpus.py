@@ -30,8 +30,8 @@ ONLY_TEXT = "Does the solution exclusively use information supplied by the text,
 
 TEMPLATE = (
     "{{ context }}{{ completion }}\n---------Evaluation---------\n"
-    "Extracted answer: {{ answer or 'none' }}. Length: {{ [n_chars, 400] | min }} characters."
-    "{% if anchor is not none %} The correct answer is {{ anchor }}.{% endif %}\n"
+    "Extracted answer: {{ answer or 'none' }}.{% if anchor is not none %} {{ anchor }} is correct.{% endif %}"
+    " Length: {{ [n_chars, 400] | min }} characters.\n"
     "{% for q in previous %}{{ q.question }}\nResponse: {{ q.reply }}\n{% endfor %}"
     "{{ question }}\nResponse:"
 )
@@ -56,7 +56,7 @@ class Mixture:
 
     judging_only: float = 0.45
     """Documents whose solution carries no loss and is more often right, so that verdicts are balanced."""
-    anchored: float = 0.15
+    anchored: float = 0.2
     hinted: float = 0.12
     true_hints: float = 0.85
     defined: float = 0.3
@@ -87,8 +87,8 @@ def evaluation_head(solution: Solution, anchor: int | None) -> str:
 
 
 def _said(answer: str, characters: int, anchor: int | None) -> str:
-    said = f"Extracted answer: {answer}. Length: {min(characters, LONGEST)} characters."
-    return said + (f" The correct answer is {anchor}." if anchor is not None else "") + "\n"
+    correct = f" {anchor} is correct." if anchor is not None else ""
+    return f"Extracted answer: {answer}.{correct} Length: {min(characters, LONGEST)} characters.\n"
 
 
 def draw_corpus_problem(rng: random.Random, mixture: Mixture) -> Problem:
@@ -109,7 +109,7 @@ END = -1.0
 def draw_drill(rng: random.Random, weights: Weights) -> list[Part]:
     """Single steps, for the probe: where the tables of the moves are learned, and to read what one means. Or the
     evaluation of answers whose problem is not there, only the correct one to compare with."""
-    if rng.random() < 0.2:
+    if rng.random() < 0.1:
         return [part for _ in range(6) for part in _comparison(rng, weights)]
     definition = None
     if rng.random() < 0.5:
@@ -129,8 +129,8 @@ def _comparison(rng: random.Random, weights: Weights) -> list[Part]:
     return [Part(told, 0.0), Part("YES" if answer == anchor else "NO", weights.verdict), Part("ø", 0.0)]
 
 
-def draw_document(rng: random.Random, mixture: Mixture, weights: Weights, *, faults_taught: bool = True) -> list[Part]:
-    """One document. Without `faults_taught` the model reads wrong digits but does not learn to write them."""
+def draw_document(rng: random.Random, mixture: Mixture, weights: Weights) -> list[Part]:
+    """One document."""
     problem = draw_corpus_problem(rng, mixture)
     judging_only = rng.random() < mixture.judging_only
     wrong = rng.choice((0.0, 0.0, 0.15, 0.33)) if judging_only else None
@@ -139,13 +139,8 @@ def draw_document(rng: random.Random, mixture: Mixture, weights: Weights, *, fau
     so_far = True
     for text, right in solution.pieces:
         so_far = so_far and right is not False
-        weight = 0.0 if judging_only else weights.solution
-        if right is None:
-            parts.append(Part(text, weight))
-            continue
-        before, digit = text[:-2], text[-2:]
-        parts.append(Part(before, weight))
-        parts.append(Part(digit, weight if right or faults_taught else 0.0, right, so_far))
+        known = None if right is None else so_far
+        parts.append(Part(text, 0.0 if judging_only else weights.solution, right, known))
     parts.append(Part("", END if not judging_only else 0.0))
     anchor = problem.answer if rng.random() < mixture.anchored else None
     told = evaluation_head(solution, anchor)

@@ -39,7 +39,7 @@ BASE: dict[str, Any] = {
         "learning_rate": 3e-4,
         "max_completion_tokens": 64,
         "precision": "float32",
-        "eval_every": 10,
+        "eval_every": 40,
         "show_every": 0,
         "checkpoint_every": 1000,
         "keep_checkpoints": 1,
@@ -90,10 +90,10 @@ class Experiment:
         return next(a for a in self.arms if a.label == label)
 
 
-LONG: Changes = {"train": {"steps": 467, "eval_every": 10}}
+LONG: Changes = {"train": {"steps": 467, "eval_every": 50}}
 HINTED: Changes = {
     "data": {"train": "hinted-train.jsonl", "eval": "hinted-eval.jsonl"},
-    "train": {"steps": 160},
+    "train": {"steps": 160, "eval_every": 20},
 }
 READING: Changes = {
     "data": {"train": "reading-train.jsonl", "eval": "reading-eval.jsonl"},

@@ -38,8 +38,6 @@ class Plan:
     drills_first: float = 1.0
     """Share of drills in the first `drill_steps` steps; `drills` afterwards."""
     drills: float = 0.2
-    faults_from: float = 0.5
-    """Share of the steps after which the model also learns to write the wrong digits that it reads."""
     seed: int = 0
     mixture: Mixture = field(default_factory=Mixture)
     weights: Weights = field(default_factory=Weights)
@@ -121,21 +119,18 @@ Encoded = tuple[list[int], list[int], list[float], list[int], list[int]]
 
 
 def batches(plan: Plan, rng: random.Random) -> Iterator[Batch]:
-    """Documents of similar length stand together."""
+    """Documents of similar length stand together, among few: a batch of one kind alone would pull the model its way."""
     seen = 0
     while True:
         pool = []
-        for _ in range(plan.documents * 32):
+        for _ in range(plan.documents * 30):
             drills = plan.drills_first if seen < plan.drill_steps * plan.documents else plan.drills
             drill = rng.random() < drills
-            if drill:
-                parts = draw_drill(rng, plan.weights)
-            else:
-                taught = seen >= plan.faults_from * plan.steps * plan.documents
-                parts = draw_document(rng, plan.mixture, plan.weights, faults_taught=taught)
+            parts = draw_drill(rng, plan.weights) if drill else draw_document(rng, plan.mixture, plan.weights)
             pool.append(_encoded(parts, plan))
             seen += 1
-        pool.sort(key=lambda d: len(d[0]))
+        window = 3 * plan.documents
+        pool = [d for i in range(0, len(pool), window) for d in sorted(pool[i : i + window], key=lambda d: len(d[0]))]
         starts = list(range(0, len(pool), plan.documents))
         rng.shuffle(starts)
         for start in starts:
@@ -189,7 +184,7 @@ def pretrain(
     for step in range(plan.steps):
         batch = next(source)
         share = step / plan.steps
-        rate = min(1.0, (step + 1) / 50) * (1.0 if share < 0.6 else max(0.02, (1 - share) / 0.4))
+        rate = min(1.0, (step + 1) / 50) * (1.0 if share < 0.25 else max(0.02, (1 - share) / 0.75))
         for optimizer, peak in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = peak * rate
