@@ -49,7 +49,11 @@ def test_solutions_are_what_they_say() -> None:
             follows = [
                 int(a) == e for (a, _, _), e in zip(steps, [problem.start, *(int(s[2]) for s in steps)], strict=False)
             ]
-            right = [ok and problem.step(m, int(a)) == int(b) for (a, m, b), ok in zip(steps, follows, strict=True)]
+            due = [m == p for (_, m, _), p in zip(steps, [*problem.moves, ""], strict=False)]
+            right = [
+                ok and in_place and problem.step(m, int(a)) == int(b)
+                for (a, m, b), ok, in_place in zip(steps, follows, due, strict=True)
+            ]
             complete = [m for _, m, _ in steps] == list(problem.moves)
             assert [flag for _, flag in solution.pieces if flag is not None] == right
             assert solution.sound == (complete and all(right) and solution.answer == int(steps[-1][2]))

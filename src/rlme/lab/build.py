@@ -10,15 +10,14 @@ from rich.console import Console
 from rich.table import Table
 
 from rlme.errors import InputError
-from rlme.lab.corpus import Mixture
-from rlme.lab.pretrain import Plan
+from rlme.lab.pretrain import READING, Plan, Stage
 
 BASE = Plan()
 PLANS: dict[str, Plan] = {
     "lab": BASE,
-    "lab-small": replace(BASE, hidden=64, layers=3, seed=1, steps=4000),
-    "lab-judge": replace(BASE, seed=2, steps=3000, mixture=Mixture(judging_only=0.9)),
-    "lab-weak": replace(BASE, seed=3, steps=700),
+    "lab-small": replace(BASE, hidden=64, layers=3, seed=1, stages=(Stage(2500), replace(READING, steps=1500))),
+    "lab-judge": replace(BASE, seed=2, stages=(Stage(2000, replace(READING.mixture, judging_only=0.9)),)),
+    "lab-weak": replace(BASE, seed=3, stages=(Stage(600),)),
 }
 """The base model; a smaller one; one that was taught little but judging; one whose training ended early."""
 
@@ -37,7 +36,7 @@ def build_models(out: Path, console: Console) -> None:
         if folder.is_dir():
             console.print(f"{folder}: there already", markup=False, highlight=False)
             continue
-        console.print(f"{name}: {plan.steps} steps", markup=False, highlight=False)
+        console.print(f"{name}: {sum(stage.steps for stage in plan.stages)} steps", markup=False, highlight=False)
         model = pretrain(plan, lambda line: console.print(line, markup=False, highlight=False))
         tokenizer = build_tokenizer()
         numbers = measure(model.to(torch.bfloat16).to(torch.float32), tokenizer)  # as it is shipped

@@ -10,7 +10,16 @@ import random
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from rlme.lab.world import Problem, Solution, define, definition_text, draw_practice, draw_problem, draw_solution
+from rlme.lab.world import (
+    MISREADINGS,
+    Problem,
+    Solution,
+    define,
+    definition_text,
+    draw_practice,
+    draw_problem,
+    draw_solution,
+)
 
 PROBLEM = "---------Problem---------\n"
 SOLUTION = "\n---------Solution---------\n"
@@ -55,12 +64,16 @@ class Mixture:
     """What the corpus is made of; the defaults are the base model's."""
 
     judging_only: float = 0.45
-    """Documents whose solution carries no loss and is more often right, so that verdicts are balanced."""
+    """Documents whose solution carries no loss: more often right, so that verdicts are balanced, and with more of the
+    faults that are no wrong digit."""
     anchored: float = 0.2
     hinted: float = 0.12
     true_hints: float = 0.85
     defined: float = 0.3
     """Problems whose text defines a move."""
+    misread: float | None = None
+    """Share of the solutions of `judging_only` documents that follow other moves than the problem's; by default few."""
+    misreadings: tuple[str, ...] = MISREADINGS[:3]
     alone: float = 0.45
     """Documents with the question about the answer and nothing else."""
     wrong_verdicts: float = 0.01
@@ -133,8 +146,13 @@ def draw_document(rng: random.Random, mixture: Mixture, weights: Weights) -> lis
     """One document."""
     problem = draw_corpus_problem(rng, mixture)
     judging_only = rng.random() < mixture.judging_only
-    wrong = rng.choice((0.0, 0.0, 0.15, 0.33)) if judging_only else None
-    solution = draw_solution(rng, problem, **({} if wrong is None else {"wrong_digits": wrong}))
+    if judging_only:
+        faults, wrong = rng.choice((0.0, 0.0, 1.0, 5.0)), rng.choice((0.0, 0.0, 0.15, 0.33))
+        solution = draw_solution(
+            rng, problem, wrong_digits=wrong, faults=faults, misread=mixture.misread, misreadings=mixture.misreadings
+        )
+    else:
+        solution = draw_solution(rng, problem)
     parts = [Part(problem_block(problem), weights.problem)]
     so_far = True
     for text, right in solution.pieces:

@@ -39,7 +39,7 @@ BASE: dict[str, Any] = {
         "learning_rate": 3e-4,
         "max_completion_tokens": 64,
         "precision": "float32",
-        "eval_every": 40,
+        "eval_every": 20,
         "show_every": 0,
         "checkpoint_every": 1000,
         "keep_checkpoints": 1,
@@ -90,10 +90,10 @@ class Experiment:
         return next(a for a in self.arms if a.label == label)
 
 
-LONG: Changes = {"train": {"steps": 467, "eval_every": 50}}
+LONG: Changes = {"train": {"steps": 467}}
 HINTED: Changes = {
     "data": {"train": "hinted-train.jsonl", "eval": "hinted-eval.jsonl"},
-    "train": {"steps": 160, "eval_every": 20},
+    "train": {"steps": 160},
 }
 READING: Changes = {
     "data": {"train": "reading-train.jsonl", "eval": "reading-eval.jsonl"},
@@ -138,7 +138,7 @@ EXPERIMENTS: dict[str, Experiment] = {
                 Arm("frozen", (FROZEN,), "Frozen Qwen3"),
                 Arm("lab-judge", (evaluated_by("lab-judge"),), "Frozen Qwen2.5"),
                 Arm("lab-small", (evaluated_by("lab-small"),), "Frozen Gemma3"),
-                Arm("lab-weak", (evaluated_by("lab-weak"),), "Frozen SmolLM3"),
+                Arm("lab-weak", (evaluated_by("lab-weak"), {"train": {"eval_every": 10}}), "Frozen SmolLM3"),
             ),
             paper="fig4",
         ),

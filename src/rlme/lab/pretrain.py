@@ -20,6 +20,23 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from rlme.lab.corpus import END, Mixture, Part, Weights, draw_document, draw_drill
 from rlme.lab.tokenizer import EOS, PAD, encode, vocabulary
+from rlme.lab.world import MISREADINGS
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps on one mixture of documents, the learning rate up to its peak and down again."""
+
+    steps: int
+    mixture: Mixture = field(default_factory=Mixture)
+    peak: float = 1.0
+    """Of the plan's learning rates."""
+    level: float = 0.5
+    """Share of the steps at the peak."""
+
+
+READING = Stage(2500, Mixture(misread=0.3, misreadings=MISREADINGS), peak=0.5, level=0.0)
+"""More solutions that do other moves than were asked for."""
 
 
 @dataclass(frozen=True)
@@ -29,17 +46,17 @@ class Plan:
     hidden: int = 128
     layers: int = 4
     heads: int = 4
-    steps: int = 3000
+    stages: tuple[Stage, ...] = (Stage(3500), READING)
+    """First the moves and how to check them, then to read closely which moves are asked for."""
     documents: int = 24
     """Documents a step."""
     learning_rate: float = 2e-3
     matrix_rate: float = 0.02
     drill_steps: int = 300
     drills_first: float = 1.0
-    """Share of drills in the first `drill_steps` steps; `drills` afterwards."""
+    """Share of drills in the first `drill_steps` steps of all; `drills` afterwards."""
     drills: float = 0.2
     seed: int = 0
-    mixture: Mixture = field(default_factory=Mixture)
     weights: Weights = field(default_factory=Weights)
 
 
@@ -118,15 +135,17 @@ class Batch:
 Encoded = tuple[list[int], list[int], list[float], list[int], list[int]]
 
 
-def batches(plan: Plan, rng: random.Random) -> Iterator[Batch]:
+def batches(plan: Plan, number: int) -> Iterator[Batch]:
     """Documents of similar length stand together, among few: a batch of one kind alone would pull the model its way."""
-    seen = 0
+    rng = random.Random(plan.seed + 7 + 1000 * number)
+    mixture = plan.stages[number].mixture
+    seen = 0 if number == 0 else plan.drill_steps * plan.documents
     while True:
         pool = []
         for _ in range(plan.documents * 30):
             drills = plan.drills_first if seen < plan.drill_steps * plan.documents else plan.drills
             drill = rng.random() < drills
-            parts = draw_drill(rng, plan.weights) if drill else draw_document(rng, plan.mixture, plan.weights)
+            parts = draw_drill(rng, plan.weights) if drill else draw_document(rng, mixture, plan.weights)
             pool.append(_encoded(parts, plan))
             seen += 1
         window = 3 * plan.documents
@@ -176,18 +195,36 @@ def pretrain(
 ) -> Any:
     """Train a model as planned. `report` gets a line every so many steps, `watch` the model after each."""
     model = new_model(plan)
+    for number in range(len(plan.stages)):
+        train_stage(plan, number, model, report, every=every, watch=watch)
+    return model.eval()
+
+
+def train_stage(
+    plan: Plan,
+    number: int,
+    model: Any,
+    report: Callable[[str], None],
+    *,
+    every: int,
+    watch: Callable[[int, Any], None] = lambda step, model: None,
+) -> None:
+    """One stage; it takes over the weights of the one before and nothing else."""
+    stage = plan.stages[number]
+    if number:
+        torch.manual_seed(plan.seed + number)
     probe = torch.nn.Linear(plan.hidden, 2)
     optimizers = _optimizers(plan, model, probe)
-    source = batches(plan, random.Random(plan.seed + 7))
+    source = batches(plan, number)
     started, tokens = time.perf_counter(), 0
     history: dict[str, list[float]] = {"steps": [], "so far": [], "verdicts": [], "solutions": []}
-    for step in range(plan.steps):
+    for step in range(stage.steps):
         batch = next(source)
-        share = step / plan.steps
-        rate = min(1.0, (step + 1) / 50) * (1.0 if share < 0.25 else max(0.02, (1 - share) / 0.75))
+        share = step / stage.steps
+        rate = 1.0 if share < stage.level else max(0.02, (1 - share) / (1 - stage.level))
         for optimizer, peak in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = peak * rate
+                group["lr"] = peak * stage.peak * rate * min(1.0, (step + 1) / 50)
         loss, parts = _loss(plan, model, probe, batch)
         for optimizer, _ in optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -201,9 +238,9 @@ def pretrain(
         if (step + 1) % every == 0:
             seconds = time.perf_counter() - started
             means = ", ".join(f"{name} {sum(v) / max(1, len(v)):.3f}" for name, v in history.items())
-            report(f"step {step + 1}/{plan.steps}, {seconds:.0f} s, {tokens / seconds:.0f} tokens/s, {means}")
+            where = f"stage {number + 1}, step {step + 1}/{stage.steps}"
+            report(f"{where}, {seconds:.0f} s, {tokens / seconds:.0f} tokens/s, {means}")
         watch(step + 1, model)
-    return model.eval()
 
 
 def _optimizers(plan: Plan, model: Any, probe: Any) -> list[tuple[Any, float]]:

@@ -9,7 +9,7 @@ A problem's text may define a move ("Here mirror means hop."), also against what
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 # x -> a * x + b (mod 10); each is a bijection and none the identity.
@@ -131,7 +131,11 @@ class Step:
     move: str
     digit: int
     right: bool
-    """It follows on, and its digit is what the text's move makes of its source."""
+    """It follows on, its move is the one that is due, and its digit is what the text's move makes of its source."""
+
+
+MISREADINGS = ("left out", "exchanged", "another", "one more")
+"""What a solution may do with the problem's moves instead of following them."""
 
 
 def draw_solution(
@@ -140,6 +144,8 @@ def draw_solution(
     *,
     wrong_digits: float = WRONG_DIGITS,
     faults: float = 1.0,
+    misread: float | None = None,
+    misreadings: tuple[str, ...] = MISREADINGS[:3],
     copies_hint: float = 0.35,
 ) -> Solution:
     """A solution as the corpus has them: mostly wrong, in one of several styles, now and then with a worse fault."""
@@ -156,29 +162,40 @@ def draw_solution(
     steps: list[Step] = []
     follows_text = True
     digit = problem.start
-    for move in problem.moves:
-        jumps = style != "brief" and rng.random() < 0.015 * faults
+    misread = 0.04 * faults if misread is None else misread
+    moves = _misread(rng, problem, misreadings) if rng.random() < misread else problem.moves
+    for i, move in enumerate(moves):
+        jumps = (style != "brief" or i == 0) and rng.random() < (0.015 if i else 0.03) * faults
         source = _other(rng, digit) if jumps else digit
         due = meant = problem.step(move, source)
         if not by_text and problem.definition is not None and move == problem.definition[0] and move in MOVES:
             meant = taught(move, source)
             follows_text = follows_text and meant == due
         digit = _other(rng, meant) if rng.random() < wrong_digits else meant
-        steps.append(Step(source, move, digit, digit == due and not jumps))
-    complete = rng.random() >= 0.025 * faults
-    if not complete:
-        gone = rng.randrange(len(steps))
-        del steps[gone]
-        if gone < len(steps):  # what stands there now has another digit before it
-            after = steps[gone]
-            before = steps[gone - 1].digit if gone else problem.start
-            source = before if gone and style == "brief" else after.source
-            steps[gone] = replace(after, right=source == before and problem.step(after.move, source) == after.digit)
-    answer = _other(rng, steps[-1].digit) if rng.random() < 0.03 * faults else steps[-1].digit
-    sound = complete and all(s.right for s in steps) and answer == steps[-1].digit
+        in_place = i < len(problem.moves) and move == problem.moves[i]
+        steps.append(Step(source, move, digit, digit == due and in_place and not jumps))
+    answer = _other(rng, digit) if rng.random() < 0.03 * faults else digit
+    sound = moves == problem.moves and all(s.right for s in steps) and answer == digit
     if rng.random() < 0.01 * faults:  # no answer
         return Solution(_write(style, steps, None), None, False, False, follows_text)
     return Solution(_write(style, steps, answer), answer, answer == problem.answer, sound, follows_text)
+
+
+def _misread(rng: random.Random, problem: Problem, kinds: tuple[str, ...]) -> tuple[str, ...]:
+    """The problem's moves with one left out, two exchanged, another one in its place, or one too many."""
+    moves = list(problem.moves)
+    place = rng.randrange(len(moves))
+    kind = rng.choice(kinds)
+    if kind == "left out":
+        del moves[place]
+    elif kind == "exchanged":
+        moves[place], moves[place - 1] = moves[place - 1], moves[place]
+    elif kind == "another":
+        family = next((f for f in FAMILIES.values() if any(m in f for m in moves)), FAMILIES["wheel"])
+        moves[place] = rng.choice([m for m in family if m != moves[place]])
+    if kind == "one more":
+        moves.insert(place + 1, rng.choice(list(next((f for f in FAMILIES.values() if moves[place] in f), MOVES))))
+    return tuple(moves)
 
 
 def _other(rng: random.Random, digit: int) -> int:
