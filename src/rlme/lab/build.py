@@ -10,16 +10,17 @@ from rich.console import Console
 from rich.table import Table
 
 from rlme.errors import InputError
-from rlme.lab.pretrain import READING, Plan, Stage
+from rlme.lab.pretrain import CLOSER, Plan, Stage
 
 BASE = Plan()
+JUDGING = Stage(1500, replace(CLOSER.mixture, judging_only=0.9), peak=0.5, level=0.0)
 PLANS: dict[str, Plan] = {
     "lab": BASE,
-    "lab-small": replace(BASE, hidden=64, layers=3, seed=1, stages=(Stage(2500), replace(READING, steps=1500))),
-    "lab-judge": replace(BASE, seed=2, stages=(Stage(2000, replace(READING.mixture, judging_only=0.9)),)),
-    "lab-weak": replace(BASE, seed=3, stages=(Stage(600),)),
+    "lab-small": replace(BASE, hidden=32, layers=2, heads=2, seed=2),
+    "lab-judge": replace(BASE, stages=(*BASE.stages, JUDGING)),
+    "lab-weak": replace(BASE, seed=3, stages=(Stage(900),)),
 }
-"""The base model; a smaller one; one that was taught little but judging; one whose training ended early."""
+"""The base model; a smaller one; the base model taught judging for longer; one whose training ended early."""
 
 
 def build_models(out: Path, console: Console) -> None:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from rlme.lab.world import (
-    MISREADINGS,
     Problem,
     Solution,
     define,
@@ -71,9 +70,13 @@ class Mixture:
     true_hints: float = 0.85
     defined: float = 0.3
     """Problems whose text defines a move."""
-    misread: float | None = None
-    """Share of the solutions of `judging_only` documents that follow other moves than the problem's; by default few."""
-    misreadings: tuple[str, ...] = MISREADINGS[:3]
+    misread: float = 0.3
+    """Share of the solutions of `judging_only` documents that follow other moves than the problem's."""
+    faults: tuple[float, ...] = (0.0, 0.0, 1.0, 5.0)
+    """How often they have other faults (a wrong start, an answer that is not the last digit, none), one rate drawn for
+    each, in units of how often the sampled ones have them."""
+    guesses: float = 0.0
+    """Share of them that are an answer without steps, right one time in ten."""
     alone: float = 0.45
     """Documents with the question about the answer and nothing else."""
     wrong_verdicts: float = 0.01
@@ -147,9 +150,9 @@ def draw_document(rng: random.Random, mixture: Mixture, weights: Weights) -> lis
     problem = draw_corpus_problem(rng, mixture)
     judging_only = rng.random() < mixture.judging_only
     if judging_only:
-        faults, wrong = rng.choice((0.0, 0.0, 1.0, 5.0)), rng.choice((0.0, 0.0, 0.15, 0.33))
+        faults, wrong = rng.choice(mixture.faults), rng.choice((0.0, 0.0, 0.1, 0.25))
         solution = draw_solution(
-            rng, problem, wrong_digits=wrong, faults=faults, misread=mixture.misread, misreadings=mixture.misreadings
+            rng, problem, wrong_digits=wrong, faults=faults, misread=mixture.misread, guesses=mixture.guesses
         )
     else:
         solution = draw_solution(rng, problem)

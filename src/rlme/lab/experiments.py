@@ -37,7 +37,7 @@ BASE: dict[str, Any] = {
         "prompts_per_step": 16,
         "group_size": 6,
         "learning_rate": 3e-4,
-        "max_completion_tokens": 64,
+        "max_completion_tokens": 52,
         "precision": "float32",
         "eval_every": 20,
         "show_every": 0,

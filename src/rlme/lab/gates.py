@@ -23,7 +23,7 @@ from rlme.training.monitors import batch_monitors
 from rlme.verify import extract_answer, same_answer
 
 GATES = {"accuracy": (0.2, 0.4), "auroc": (0.9, 1.0), "within_group_auroc": (0.9, 1.0), "anchored_auroc": (0.98, 1.0)}
-LONGEST_COMPLETION = 64
+LONGEST_COMPLETION = 52
 
 
 def measure(model: Any, tokenizer: Any, *, prompts: int = 200, group: int = 6, seed: int = 99) -> dict[str, float]:

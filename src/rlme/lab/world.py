@@ -134,18 +134,14 @@ class Step:
     """It follows on, its move is the one that is due, and its digit is what the text's move makes of its source."""
 
 
-MISREADINGS = ("left out", "exchanged", "another", "one more")
-"""What a solution may do with the problem's moves instead of following them."""
-
-
 def draw_solution(
     rng: random.Random,
     problem: Problem,
     *,
     wrong_digits: float = WRONG_DIGITS,
     faults: float = 1.0,
-    misread: float | None = None,
-    misreadings: tuple[str, ...] = MISREADINGS[:3],
+    misread: float = 0.04,
+    guesses: float = 0.0,
     copies_hint: float = 0.35,
 ) -> Solution:
     """A solution as the corpus has them: mostly wrong, in one of several styles, now and then with a worse fault."""
@@ -153,6 +149,10 @@ def draw_solution(
     if problem.hint is not None and rng.random() < copies_hint:
         said = rng.choice(("The correct answer is given. ", "The problem says so. ", ""))
         return Solution(((said + _boxed(problem.hint), None),), problem.hint, problem.hint == problem.answer)
+    if guesses and rng.random() < guesses:
+        answer = rng.choice(DIGITS)
+        said = rng.choice(("", "The answer is "))
+        return Solution(((said + _boxed(answer), None),), answer, answer == problem.answer)
     if style == "direct":
         answer = problem.answer if rng.random() < 0.3 else _other(rng, problem.answer)
         return Solution(
@@ -162,10 +162,9 @@ def draw_solution(
     steps: list[Step] = []
     follows_text = True
     digit = problem.start
-    misread = 0.04 * faults if misread is None else misread
-    moves = _misread(rng, problem, misreadings) if rng.random() < misread else problem.moves
+    moves = _misread(rng, problem) if rng.random() < misread else problem.moves
     for i, move in enumerate(moves):
-        jumps = (style != "brief" or i == 0) and rng.random() < (0.015 if i else 0.03) * faults
+        jumps = i == 0 and rng.random() < 0.03 * faults
         source = _other(rng, digit) if jumps else digit
         due = meant = problem.step(move, source)
         if not by_text and problem.definition is not None and move == problem.definition[0] and move in MOVES:
@@ -181,11 +180,11 @@ def draw_solution(
     return Solution(_write(style, steps, answer), answer, answer == problem.answer, sound, follows_text)
 
 
-def _misread(rng: random.Random, problem: Problem, kinds: tuple[str, ...]) -> tuple[str, ...]:
+def _misread(rng: random.Random, problem: Problem) -> tuple[str, ...]:
     """The problem's moves with one left out, two exchanged, another one in its place, or one too many."""
     moves = list(problem.moves)
     place = rng.randrange(len(moves))
-    kind = rng.choice(kinds)
+    kind = rng.choice(("left out", "exchanged", "another", "one more"))
     if kind == "left out":
         del moves[place]
     elif kind == "exchanged":
@@ -206,21 +205,24 @@ def _boxed(answer: int | None) -> str:
     return f"\\boxed{{{answer}}}" if answer is not None else "..."
 
 
+_FRAMES = {
+    "brief": ("", ". "),
+    "short": ("Start ", ". Answer "),
+    "plain": ("First ", ". The answer is "),
+    "wordy": (
+        "We begin as told and take one move after the other, each from where the dial stands: ",
+        ". So the dial stops there and the final answer to what was asked is ",
+    ),
+}
+
+
 def _write(style: str, steps: list[Step], answer: int | None) -> tuple[tuple[str, bool | None], ...]:
+    """Every style states a digit, a move, the next digit, the next move ...; what stands around them differs."""
+    before, after = _FRAMES[style]
     pieces: list[tuple[str, bool | None]] = []
     for i, s in enumerate(steps):
-        if style == "brief":
-            text = f"{' ' if i else f'{s.source} '}{s.move} {s.digit}"
-        elif style == "short":
-            text = f"{'. ' if i else ''}{s.source} {s.move} {s.digit}"
-        elif style == "plain":
-            text = f"{'. Then' if i else 'First'} {s.source} {s.move} {s.digit}"
-        else:
-            before = ". Next the dial goes from there on" if i else "We begin as told"
-            text = f"{before}: {s.source} {s.move} {s.digit}"
-        pieces.append((text, s.right))
-    end = {"plain": "The answer is ", "wordy": f"So the dial stops at {steps[-1].digit} and the final answer is "}
-    return (*pieces, (f". {end.get(style, '')}{_boxed(answer)}", None))
+        pieces.append((f" {s.move} {s.digit}" if i else f"{before}{s.source} {s.move} {s.digit}", s.right))
+    return (*pieces, (f"{after}{_boxed(answer)}", None))
 
 
 def draw_practice(rng: random.Random, count: int, definition: tuple[str, str] | None) -> list[Step]:
