@@ -35,8 +35,8 @@ def test_the_weak_evaluator_is_weak() -> None:
 
 
 def test_an_unknown_lab_model_is_named() -> None:
-    with pytest.raises(InputError, match="builtin:lab-small"):
-        load_model("builtin:lab-smal")
+    with pytest.raises(InputError, match="builtin:lab-weak"):
+        load_model("builtin:lab-weka")
 
 
 def test_from_the_command_to_the_page(tmp_path: Path) -> None:

@@ -16,11 +16,10 @@ BASE = Plan()
 JUDGING = Stage(1500, replace(CLOSER.mixture, judging_only=0.9), peak=0.5, level=0.0)
 PLANS: dict[str, Plan] = {
     "lab": BASE,
-    "lab-small": replace(BASE, hidden=32, layers=2, seed=2, stages=(Stage(2000),)),
     "lab-judge": replace(BASE, stages=(*BASE.stages, JUDGING)),
-    "lab-weak": replace(BASE, seed=3, stages=(Stage(1200),)),
+    "lab-weak": replace(BASE, seed=3, stages=(Stage(1050),)),
 }
-"""The base model; a smaller one; the base model taught judging for longer; one whose training ended early."""
+"""The base model; the base model taught judging for longer; one whose training ended early."""
 
 
 def build_models(out: Path, console: Console) -> None:

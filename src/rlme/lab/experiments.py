@@ -103,7 +103,7 @@ READING: Changes = {
 CROWD: Changes = {
     "evaluators": [
         {"model": "live"},
-        *({"model": f"builtin:{name}"} for name in ("lab-judge", "lab-small", "lab-weak")),
+        *({"model": f"builtin:{name}"} for name in ("lab", "lab-judge", "lab-weak")),
     ]
 }
 
@@ -120,10 +120,10 @@ EXPERIMENTS: dict[str, Experiment] = {
         Experiment(
             "fig3",
             "Figure 3: the choice of generator",
-            "generators of different quality and size under one frozen evaluator",
+            "generators of different quality under one frozen evaluator",
             (
                 Arm("lab", (), "Qwen3-4B-Base"),
-                Arm("lab-small", ({"model": "builtin:lab-small"},), "Qwen2.5-1.5B"),
+                Arm("lab-judge", ({"model": "builtin:lab-judge"},), "Qwen2.5-1.5B"),
                 Arm("lab-weak", ({"model": "builtin:lab-weak"},), "Llama-3.2-3B"),
             ),
             common=FROZEN,
@@ -137,7 +137,6 @@ EXPERIMENTS: dict[str, Experiment] = {
                 Arm("live", (), "Live Qwen3"),
                 Arm("frozen", (FROZEN,), "Frozen Qwen3"),
                 Arm("lab-judge", (evaluated_by("lab-judge"),), "Frozen Qwen2.5"),
-                Arm("lab-small", (evaluated_by("lab-small"),), "Frozen Gemma3"),
                 Arm("lab-weak", (evaluated_by("lab-weak"), {"train": {"eval_every": 10}}), "Frozen SmolLM3"),
             ),
             paper="fig4",

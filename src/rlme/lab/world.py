@@ -1,8 +1,8 @@
 """The lab's world: a dial with ten digits, and moves that each send every digit to another one.
 
 A problem names a start digit and two to four moves ("Start at 4: mirror, turn. Where does it stop?"); a solution
-goes from digit to digit. Every move is a bijection, so one wrong digit never cancels, and checking a step is a look-up in
-a table of ten entries: small enough for a tiny model to judge what it can also get wrong.
+goes from digit to digit. Every move is a bijection, so one wrong digit never cancels, and checking a step is a look-up
+in a table of ten entries: small enough for a tiny model to judge what it can also get wrong.
 A problem's text may define a move ("Here mirror means hop."), also against what the model was taught.
 """
 
