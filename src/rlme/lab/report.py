@@ -82,8 +82,8 @@ def _panels(experiment: Experiment, runs: list[ArmRuns]) -> list[Panel]:
     paper = paper_curves().get(experiment.paper or "", {})
     panels.append(Panel(f"paper: {what}", _paper_lines(paper, runs)))
     if experiment.name == "fig5":
-        rewarded = [r for r in runs if r.arm.label != "RLVR"]
-        panels[1:1] = [Panel("lab: reward (log p)", _lines(rewarded, "reward", smooth=True), y_range=None)]
+        judged = [line for line in _lines(runs, "reward", smooth=True) if line.label != "RLVR"]
+        panels[1:1] = [Panel("lab: reward (log p)", judged, y_range=None)]
     if experiment.name == "fig6":
         panels[1:1] = [Panel("lab: characters", _lines(runs, LENGTH, smooth=True), y_range=None)]
         panels.append(Panel("paper: characters", _paper_lines(paper_curves()["fig6-length"], runs), y_range=None))
