@@ -170,16 +170,14 @@ class MetaReward:
 
     def rehearse(
         self,
-        examples: Sequence[Mapping[str, Any]],
-        completion: str,
+        rows: Sequence[Mapping[str, Any]],
+        group: Sequence[str],
         tokens: int,
-        group: int,
         evaluator: Evaluator,
-        *,
-        trainer: Any = None,
+        trainer: Any,
     ) -> int:
         """Ask an evaluator what it would be asked about one completion of each row; returns how many that are."""
-        samples = [self.sample(row, completion, [0] * tokens, trainer=trainer) for row in examples]
+        samples = [self.sample(row, group[0], [0] * tokens, trainer=trainer) for row in rows]
         judge(samples, self.questions, [evaluator], self.judging)
         return len(samples)
 

@@ -99,24 +99,21 @@ class PairwiseReward:
 
     def rehearse(
         self,
-        examples: Sequence[Mapping[str, Any]],
-        completion: str,
+        rows: Sequence[Mapping[str, Any]],
+        group: Sequence[str],
         tokens: int,
-        group: int,
         evaluator: Evaluator,
-        *,
-        trainer: Any = None,
+        trainer: Any,
     ) -> int:
         """Ask an evaluator what it would be asked about a group of each row; returns how many completions that are."""
-        texts = tuple(f"{i}{completion}" for i in range(group))
-        columns = {name: [row.get(name) for row in examples] for name in examples[0]}
-        references = self._references(columns, len(examples))
+        columns = {name: [row.get(name) for row in rows] for name in rows[0]}
+        references = self._references(columns, len(rows))
         groups = [
-            Candidates(instruction_text(row["prompt"]), texts, shown)
-            for row, shown in zip(examples, references, strict=True)
+            Candidates(instruction_text(row["prompt"]), tuple(group), shown)
+            for row, shown in zip(rows, references, strict=True)
         ]
         rank(groups, PairwiseJudge([evaluator], self.protocol, **self._judge_options), self.schedule, seed=self.seed)
-        return group * len(groups)
+        return len(group) * len(groups)
 
     def score(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,17 @@ def estimates(
         yield text, "yellow" if over else None
 
 
+def added(parts: Iterable[Totals]) -> Totals:
+    """Sums by evaluator and key."""
+    found: Totals = {}
+    for part in parts:
+        for name, values in part.items():
+            sums = found.setdefault(name, {})
+            for key, value in values.items():
+                sums[key] = sums.get(key, 0.0) + value
+    return found
+
+
 class Ledger:
     """`spent.json`: what each paid evaluator has taken over all starts of a run in one process."""
 
@@ -99,12 +110,7 @@ class Ledger:
 
     def totals(self) -> Totals:
         """By evaluator: calls, tokens, cost and what else its account holds."""
-        found = {name: dict(values) for name, values in self._before.items()}
-        for evaluator in self._evaluators:
-            sums = found.setdefault(evaluator.name, {})
-            for key, value in evaluator.account.metrics().items():
-                sums[key] = sums.get(key, 0.0) + value
-        return found
+        return added([self._before, *({e.name: e.account.metrics()} for e in self._evaluators)])
 
     def save(self) -> None:
         """Write it, by one rename, if anything is paid for."""

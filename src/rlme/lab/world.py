@@ -148,16 +148,13 @@ def draw_solution(
     style = rng.choices(list(STYLES), list(STYLES.values()))[0]
     if problem.hint is not None and rng.random() < copies_hint:
         said = rng.choice(("The correct answer is given. ", "The problem says so. ", ""))
-        return Solution(((said + _boxed(problem.hint), None),), problem.hint, problem.hint == problem.answer)
+        return _unworked(problem, said, problem.hint)
     if guesses and rng.random() < guesses:
         answer = rng.choice(DIGITS)
-        said = rng.choice(("", "The answer is "))
-        return Solution(((said + _boxed(answer), None),), answer, answer == problem.answer)
+        return _unworked(problem, rng.choice(("", "The answer is ")), answer)
     if style == "direct":
         answer = problem.answer if rng.random() < 0.3 else _other(rng, problem.answer)
-        return Solution(
-            ((rng.choice(("", "The answer is ")) + _boxed(answer), None),), answer, answer == problem.answer
-        )
+        return _unworked(problem, rng.choice(("", "The answer is ")), answer)
     by_text = rng.random() < 0.5  # where a text defines a move, half of the solutions go by the taught meaning
     steps: list[Step] = []
     follows_text = True
@@ -178,6 +175,11 @@ def draw_solution(
     if rng.random() < 0.01 * faults:  # no answer
         return Solution(_write(style, steps, None), None, False, False, follows_text)
     return Solution(_write(style, steps, answer), answer, answer == problem.answer, sound, follows_text)
+
+
+def _unworked(problem: Problem, said: str, answer: int) -> Solution:
+    """An answer without steps."""
+    return Solution(((said + _boxed(answer), None),), answer, answer == problem.answer)
 
 
 def _misread(rng: random.Random, problem: Problem) -> tuple[str, ...]:

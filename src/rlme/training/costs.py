@@ -10,7 +10,7 @@ from rich.console import Console
 from rlme.evaluators.base import Evaluator
 from rlme.evaluators.endpoint_wire import Usage
 from rlme.evaluators.rehearsal import WORD, spread
-from rlme.evaluators.spending import Totals, forecast, paid, rehearsed
+from rlme.evaluators.spending import Totals, added, forecast, paid, rehearsed
 from rlme.training.run_folder import RunFolder
 from rlme.training.trainer import RLMETrainer
 
@@ -35,28 +35,12 @@ class Costs:
 
     def totals(self) -> Totals:
         """Since the last start, all processes together (every process must call this)."""
-        parts = gather_object([{e.name: e.account.metrics() for e in self.evaluators}])
-        found: Totals = {}
-        for part in parts:
-            for name, account in part.items():
-                sums = found.setdefault(name, {})
-                for key, value in account.items():
-                    sums[key] = sums.get(key, 0.0) + value
-        return found
+        return added(gather_object([{e.name: e.account.metrics() for e in self.evaluators}]))
 
     def save(self, totals: Totals) -> None:
         """Write what the run has taken so far, before and after being resumed."""
         if totals and self.trainer.accelerator.is_main_process:
-            names = {**self.before, **totals}
-            self.folder.write_spent(
-                {
-                    name: {
-                        key: self.before.get(name, {}).get(key, 0.0) + totals.get(name, {}).get(key, 0.0)
-                        for key in {**self.before.get(name, {}), **totals.get(name, {})}
-                    }
-                    for name in names
-                }
-            )
+            self.folder.write_spent(added([self.before, totals]))
 
     def announce(self, step: int) -> None:
         """Before training, at `step`: what the steps to come will take, as far as it can be known."""
@@ -100,8 +84,9 @@ class Costs:
         trainer = self.trainer
         data = trainer.train_dataset
         rows = [data[i] for i in spread(len(data))]
-        group, length = trainer.num_generations, trainer.max_completion_length
-        asked = trainer.reward.rehearse(rows, WORD * length, length, group, evaluator, trainer=trainer)
+        length = trainer.max_completion_length
+        texts = [f"{i}{WORD * length}" for i in range(trainer.num_generations)]
+        asked = trainer.reward.rehearse(rows, texts, length, evaluator, trainer)
         left = range(step + 1, self.steps + 1)
         completions = trainer._generation_batches() * len(left) / self.steps * trainer.args.generation_batch_size
         if trainer.reward.judges_alone:
