@@ -85,7 +85,7 @@ def test_tokens_give_back_the_text() -> None:
     for _ in range(200):
         for parts in (
             corpus.draw_document(rng, corpus.Mixture(), corpus.Weights()),
-            corpus.draw_drill(rng, corpus.Weights()),
+            corpus.draw_drill(rng, corpus.Drills(), corpus.Weights()),
         ):
             text = "".join(part.text for part in parts)
             ids = [i for part in parts for i in encode(part.text)]

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from rlme.cli import main
+from rlme.config_file import read_yaml
 from rlme.errors import InputError
 from rlme.lab.build import PLANS
 from rlme.lab.gates import GATES, measure, passes
@@ -39,13 +40,21 @@ def test_an_unknown_lab_model_is_named() -> None:
         load_model("builtin:lab-weka")
 
 
-def test_from_the_command_to_the_page(tmp_path: Path) -> None:
+def test_from_the_command_to_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, docs = tmp_path / "runs", tmp_path / "docs"
     arguments = ["--out", str(out), "--docs", str(docs)]
     for _ in range(2):  # the second time everything is there already
         with pytest.raises(SystemExit) as ended:
             main(["lab", "fig2", "--seeds", "1", "--steps", "2", *arguments])
         assert ended.value.code == 0
+        assert "| RLME |" in capsys.readouterr().out
+        assert (out / "images" / "lab-fig2.svg").is_file()
+    for experiment, arm in (("fig4", "live"), ("fig6", "RLVR")):  # the same runs as Figure 2's
+        with pytest.raises(SystemExit):
+            main(["lab", experiment, "--arm", arm, "--seeds", "1", "--steps", "2", *arguments])
+        assert f": as {out / 'fig2'}" in capsys.readouterr().out
+        copied = read_yaml(out / experiment / f"{arm}-seed0" / "config.yaml")
+        assert copied["output"] == str(out / experiment / f"{arm}-seed0")
     with pytest.raises(SystemExit):
         main(["lab", "report", *arguments])
     page = (docs / "lab.md").read_text()

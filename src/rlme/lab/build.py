@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlme.errors import InputError
+from rlme.lab.corpus import Drills, Mixture
 from rlme.lab.pretrain import CLOSER, Plan, Stage
 
 BASE = Plan()
@@ -18,8 +19,17 @@ PLANS: dict[str, Plan] = {
     "lab": BASE,
     "lab-judge": replace(BASE, stages=(*BASE.stages, JUDGING)),
     "lab-weak": replace(BASE, seed=3, stages=(Stage(1050),)),
+    "lab-reader": replace(
+        BASE,
+        stages=(Stage(2500, Mixture(hinted=0.25)), replace(CLOSER, mixture=replace(CLOSER.mixture, hinted=0.25))),
+        drill_steps=600,
+        drilled=Drills(0.8, ("invented", "same", *["against"] * 3), claims=0.15),
+    ),
+    "lab-small": replace(BASE, hidden=48, heads=3, stages=(Stage(2500),)),
+    "lab-large": replace(BASE, hidden=128, layers=4),
 }
-"""The base model; the base model taught judging for longer; one whose training ended early."""
+"""The base model; the base model taught judging for longer; one whose training ended early; one drilled to read what a
+text says against what it was taught; two generators of other sizes."""
 
 
 def build_models(out: Path, console: Console) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -20,6 +21,8 @@ class Line:
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
     colour: int = 0
+    dots: bool = False
+    """Points that no line joins."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +33,21 @@ class Panel:
     lines: Sequence[Line]
     x_label: str = "step"
     y_range: tuple[float, float] | None = (0.0, 1.0)
+    x_range: tuple[float, float] | None = None
+
+
+ACROSS = 3
+"""Panels in a row."""
 
 
 def chart(panels: Sequence[Panel]) -> str:
-    """Panels side by side, a legend under each."""
-    legend = 16 * max((len(p.lines) + 1) // 2 for p in panels) + 8
-    width, height = WIDTH * len(panels), HEIGHT + legend
-    drawn = "".join(f'<g transform="translate({i * WIDTH},0)">{_panel(p)}</g>' for i, p in enumerate(panels))
+    """Panels in rows, a legend under each."""
+    tall = HEIGHT + 16 * max((len(p.lines) + 1) // 2 for p in panels) + 8
+    width, height = WIDTH * min(len(panels), ACROSS), tall * -(-len(panels) // ACROSS)
+    places = [(i % ACROSS * WIDTH, i // ACROSS * tall) for i in range(len(panels))]
+    drawn = "".join(
+        f'<g transform="translate({x},{y})">{_panel(p)}</g>' for (x, y), p in zip(places, panels, strict=True)
+    )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         f'font-family="sans-serif" font-size="11"><rect width="{width}" height="{height}" fill="#ffffff"/>'
@@ -44,13 +55,23 @@ def chart(panels: Sequence[Panel]) -> str:
     )
 
 
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers from at most `low` to at least `high`, about five of them."""
+    rough = (high - low) / 4
+    size: float = 10.0 ** math.floor(math.log10(rough))
+    step = next(size * m for m in (1, 2, 2.5, 5, 10) if size * m >= rough * (1 - 1e-9))
+    return [step * n for n in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
+
+
 def _panel(panel: Panel) -> str:
     xs = [x for line in panel.lines for x in line.x] or [0.0, 1.0]
     ys = [y for line in panel.lines for part in (line.y, line.low or (), line.high or ()) for y in part] or [0.0, 1.0]
-    x0, x1 = min(0.0, *xs), max(xs)
+    x0, x1 = panel.x_range or (min(0.0, *xs), max(xs))
     y0, y1 = panel.y_range or (min(ys), max(ys))
     if y1 <= y0:
         y0, y1 = y0 - 0.5, y1 + 0.5
+    heights = _ticks(y0, y1)
+    y0, y1 = heights[0], heights[-1]
     right, bottom = WIDTH - 14, HEIGHT - BOTTOM
 
     def at(x: float, y: float) -> str:
@@ -59,14 +80,13 @@ def _panel(panel: Panel) -> str:
         return f"{across:.1f},{up:.1f}"
 
     parts = [f'<text x="{LEFT}" y="15" font-weight="bold" fill="#222">{escape(panel.title)}</text>']
-    for i in range(5):
-        y = y0 + (y1 - y0) * i / 4
+    for y in heights:
         _, up = at(x0, y).split(",")
         parts.append(f'<path d="M{LEFT} {up}H{right}" stroke="#ddd"/>')
-        parts.append(f'<text x="{LEFT - 5}" y="{float(up) + 4:.1f}" text-anchor="end" fill="#555">{y:.3g}</text>')
-        x = x0 + (x1 - x0) * i / 4
+        parts.append(f'<text x="{LEFT - 5}" y="{float(up) + 4:.1f}" text-anchor="end" fill="#555">{y:.4g}</text>')
+    for x in (x for x in _ticks(x0, x1 if x1 > x0 else x0 + 1) if x0 <= x <= x1):
         across, _ = at(x, y0).split(",")
-        parts.append(f'<text x="{across}" y="{bottom + 15}" text-anchor="middle" fill="#555">{x:.3g}</text>')
+        parts.append(f'<text x="{across}" y="{bottom + 15}" text-anchor="middle" fill="#555">{x:.4g}</text>')
     parts.append(
         f'<text x="{(LEFT + right) / 2}" y="{bottom + 29}" text-anchor="middle" fill="#555">{panel.x_label}</text>'
     )
@@ -76,8 +96,12 @@ def _panel(panel: Panel) -> str:
             edge = [at(x, y) for x, y in zip(line.x, line.high, strict=True)]
             edge += [at(x, y) for x, y in reversed(list(zip(line.x, line.low, strict=True)))]
             parts.append(f'<polygon points="{" ".join(edge)}" fill="{colour}" opacity="0.18"/>')
-        points = " ".join(at(x, y) for x, y in zip(line.x, line.y, strict=True))
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
+        points = [at(x, y) for x, y in zip(line.x, line.y, strict=True)]
+        if line.dots:
+            centres = (point.split(",") for point in points)
+            parts += [f'<circle cx="{across}" cy="{up}" r="3.5" fill="{colour}"/>' for across, up in centres]
+        else:
+            parts.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
         x, y = LEFT + (i % 2) * 170, HEIGHT + 8 + 16 * (i // 2)
         parts.append(f'<path d="M{x} {y - 4}h18" stroke="{colour}" stroke-width="3"/>')
         parts.append(f'<text x="{x + 24}" y="{y}" fill="#222">{escape(line.label)}</text>')

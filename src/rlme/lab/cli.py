@@ -21,7 +21,7 @@ def lab(
 ) -> None:
     """The paper's experiments in a world small enough for two CPU cores, beside the paper's own curves.
 
-    What is there already is not run again, and an interrupted run goes on.
+    What is there already is not run again, and an interrupted run goes on. Tables are printed, plots lie in DIR/lab.md.
     """
     from rlme.commands import _console, _quiet
 
@@ -39,8 +39,12 @@ def lab(
         from rlme.lab.report import write_page
 
         page = write_page(out, docs)
-        console.print(f"Page: {page}", markup=False, highlight=False)
+        console.print(f"Page: {page}", markup=False, highlight=False, soft_wrap=True)
     else:
+        from rlme.lab.report import summary, write_page
         from rlme.lab.run import find, run_experiments
 
-        run_experiments(find(name), out, seeds=seeds, steps=steps, arms=arm or [], console=console)
+        experiments = find(name)
+        run_experiments(experiments, out, seeds=seeds, steps=steps, arms=arm or [], console=console)
+        console.print(f"\n{summary(out, experiments)}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"With plots: {write_page(out, out)}", markup=False, highlight=False, soft_wrap=True)

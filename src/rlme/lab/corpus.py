@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from rlme.lab.world import (
+    DIGITS,
     Problem,
     Solution,
     define,
@@ -82,6 +83,17 @@ class Mixture:
     wrong_verdicts: float = 0.01
 
 
+@dataclass(frozen=True)
+class Drills:
+    """What is drilled besides the moves themselves."""
+
+    defined: float = 0.5
+    """Drills that define a move, in one of these ways."""
+    kinds: tuple[str, ...] = ("invented", "same", "against")
+    claims: float = 0.0
+    """Drills that give a problem's claim about the answer back."""
+
+
 class Part(NamedTuple):
     """Text of a document, its weight in the loss, and (behind a step) whether it and all steps so far are right."""
 
@@ -122,15 +134,18 @@ END = -1.0
 """Weight of the empty part behind a solution that is sampled from: the text ends here."""
 
 
-def draw_drill(rng: random.Random, weights: Weights) -> list[Part]:
+def draw_drill(rng: random.Random, drills: Drills, weights: Weights) -> list[Part]:
     """Single steps, for the probe: where the tables of the moves are learned, and to read what one means. Or the
     evaluation of answers whose problem is not there, only the correct one to compare with."""
     if rng.random() < 0.1:
         return [part for _ in range(6) for part in _comparison(rng, weights)]
+    if drills.claims and rng.random() < drills.claims:
+        problem = replace(draw_problem(rng), hint=rng.choice(DIGITS))
+        solution = draw_solution(rng, problem, copies_hint=1.0)
+        return [Part(problem_block(problem), 0.0), Part(solution.text, weights.solution)]
     definition = None
-    if rng.random() < 0.5:
-        problem = define(rng, draw_problem(rng), rng.choice(("invented", "same", "against")))
-        definition = problem.definition
+    if rng.random() < drills.defined:
+        definition = define(rng, draw_problem(rng), rng.choice(drills.kinds)).definition
     parts = [Part(f"{PRACTICE}\n{definition_text(definition) if definition else ''}", 0.0)]
     for step in draw_practice(rng, 20, definition):
         parts.append(Part(f"\n{step.source} {step.move}", 0.0))

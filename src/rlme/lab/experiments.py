@@ -71,6 +71,8 @@ class Arm:
     changes: tuple[Changes, ...] = ()
     paper: str | None = None
     """Its curve in the paper's figure."""
+    weight: float | None = None
+    """Its place in a sweep of weights."""
 
 
 @dataclass(frozen=True)
@@ -163,9 +165,9 @@ EXPERIMENTS: dict[str, Experiment] = {
             "a second question about length; a sweep of its weight",
             (
                 Arm("RLVR", (RLVR,), "RLVR"),
-                Arm("RLME", (), "RLME"),
-                Arm("RLME-Concise", (brevity(1.0),), "RLME-Concise"),
-                *(Arm(f"w={w:g}", (brevity(w),)) for w in (0.1, 0.3, 3.0)),
+                Arm("RLME", (), "RLME", weight=0.0),
+                Arm("RLME-Concise", (brevity(1.0),), "RLME-Concise", weight=1.0),
+                *(Arm(f"w={w:g}", (brevity(w),), weight=w) for w in (0.1, 0.3, 3.0)),
             ),
             paper="fig6",
         ),

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from rlme.lab.corpus import END, Mixture, Part, Weights, draw_document, draw_drill
+from rlme.lab.corpus import END, Drills, Mixture, Part, Weights, draw_document, draw_drill
 from rlme.lab.tokenizer import EOS, PAD, encode, vocabulary
 
 
@@ -54,6 +54,7 @@ class Plan:
     drills_first: float = 1.0
     """Share of drills in the first `drill_steps` steps of all; `drills` afterwards."""
     drills: float = 0.2
+    drilled: Drills = field(default_factory=Drills)
     seed: int = 1
     weights: Weights = field(default_factory=Weights)
 
@@ -143,7 +144,7 @@ def batches(plan: Plan, number: int) -> Iterator[Batch]:
         for _ in range(plan.documents * 30):
             drills = plan.drills_first if seen < plan.drill_steps * plan.documents else plan.drills
             drill = rng.random() < drills
-            parts = draw_drill(rng, plan.weights) if drill else draw_document(rng, mixture, plan.weights)
+            parts = draw_drill(rng, plan.drilled, plan.weights) if drill else draw_document(rng, mixture, plan.weights)
             pool.append(_encoded(parts, plan))
             seen += 1
         window = 3 * plan.documents

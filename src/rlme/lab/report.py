@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rlme.errors import InputError
@@ -52,16 +54,33 @@ def write_page(out: Path, docs: Path) -> Path:
     return page
 
 
+def summary(out: Path, experiments: Sequence[Experiment]) -> str:
+    """The tables of these experiments, as `rlme lab NAME` shows them at its end."""
+    tables = []
+    for experiment in experiments:
+        runs = load_runs(out, experiment)
+        if runs:
+            tables.append(f"{experiment.title}\n\n{_table_of(out, experiment, runs)}")
+    return "\n".join(tables)
+
+
 def _block(name: str, remarks: dict[str, str], default: str) -> str:
     return f"<!-- remarks {name} -->\n{remarks.get(name, default)}<!-- end -->\n"
 
 
 def _section(out: Path, experiment: Experiment, runs: list[ArmRuns], images: Path) -> list[str]:
-    if experiment.name == "table1":
-        return [_sentence(runs), reading_table(out / "data" / "reading-eval.jsonl", runs)]
+    table = _table_of(out, experiment, runs)
+    if experiment.paper is None:
+        return [_sentence(runs), table]
     image = images / f"lab-{experiment.name}.svg"
     image.write_text(chart(_panels(experiment, runs)), encoding="utf-8")
-    return [_sentence(runs), f"![{experiment.title}](images/{image.name})\n", _table(experiment, runs)]
+    return [_sentence(runs), f"![{experiment.title}](images/{image.name})\n", table]
+
+
+def _table_of(out: Path, experiment: Experiment, runs: list[ArmRuns]) -> str:
+    if experiment.name == "table1":
+        return reading_table(out / "data" / "reading-eval.jsonl", runs)
+    return _table(runs)
 
 
 def _sentence(runs: list[ArmRuns]) -> str:
@@ -87,7 +106,20 @@ def _panels(experiment: Experiment, runs: list[ArmRuns]) -> list[Panel]:
     if experiment.name == "fig6":
         panels[1:1] = [Panel("lab: characters", _lines(runs, LENGTH, smooth=True), y_range=None)]
         panels.append(Panel("paper: characters", _paper_lines(paper_curves()["fig6-length"], runs), y_range=None))
+        panels.insert(2, _trade_off(runs))
     return panels
+
+
+def _trade_off(runs: list[ArmRuns]) -> Panel:
+    """Length against accuracy at the end, held out: a dot for every run, a line through the sweep's means."""
+    ends = {r.arm.label: (last(r, LENGTH, held_out=True), last(r, ACCURACY, held_out=True)) for r in runs}
+    lines = [Line(r.arm.label, *ends[r.arm.label], colour=i, dots=True) for i, r in enumerate(runs)]
+    swept = sorted((r.arm.weight, r.arm.label) for r in runs if r.arm.weight is not None)
+    means = [[fmean(values) for values in ends[label]] for _, label in swept]
+    along = Line("by weight", [m[0] for m in means], [m[1] for m in means], colour=len(runs))
+    characters = [x for xs, _ in ends.values() for x in xs]
+    around = (min(characters) - 5, max(characters) + 5)
+    return Panel("lab: the trade-off, held out", [*lines, along], "characters", (0.6, 1.0), around)
 
 
 def _lines(runs: list[ArmRuns], key: str, *, smooth: bool) -> list[Line]:
@@ -108,7 +140,7 @@ def _paper_lines(curves: dict[str, dict[str, list[float]]], runs: list[ArmRuns])
     return lines
 
 
-def _table(experiment: Experiment, runs: list[ArmRuns]) -> str:
+def _table(runs: list[ArmRuns]) -> str:
     rows = [
         "| arm | before | last 20 steps | held out, last | characters, first | last | alarm |",
         "|---|---|---|---|---|---|---|",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from rlme.config import Config
-from rlme.config_file import validate
+from rlme.config_file import read_yaml, validate
 from rlme.errors import InputError
 from rlme.lab.data import write_data
 from rlme.lab.experiments import ALIASES, EXPERIMENTS, Arm, Experiment, configuration
@@ -56,17 +57,39 @@ def run_experiments(
                 content = configuration(experiment, arm, seed, data.resolve(), folder)
                 if steps is not None:
                     content["train"]["steps"] = steps
-                _run(validate(Config, content, f"{experiment.name}, {arm.label}"), console)
+                _run(validate(Config, content, f"{experiment.name}, {arm.label}"), out, console)
 
 
-def _run(config: Config, console: Console) -> None:
+def _run(config: Config, out: Path, console: Console) -> None:
     """A run that ended is left alone; one that was interrupted goes on where its last checkpoint stands."""
     from rlme.training.run import train
     from rlme.training.run_folder import RunFolder
 
     folder = RunFolder(config.folder)
     if folder.final.is_dir():
-        console.print(f"{config.folder}: there already", markup=False, highlight=False)
+        console.print(f"{config.folder}: there already", markup=False, highlight=False, soft_wrap=True)
         return
-    console.print(f"{config.folder}: {config.train.steps} steps", markup=False, highlight=False)
+    same = None if folder.config.is_file() else _same_run(config, out)
+    if same is not None:
+        console.print(f"{config.folder}: as {same}", markup=False, highlight=False, soft_wrap=True)
+        partial = folder.path.with_name(f"{folder.path.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(same, partial)
+        RunFolder(partial).write_config(read_yaml(partial / "config.yaml") | {"output": config.output})
+        partial.replace(folder.path)
+        return
+    console.print(f"{config.folder}: {config.train.steps} steps", markup=False, highlight=False, soft_wrap=True)
     train(config, console, resume=RunFolder.open(config.folder) if folder.config.is_file() else None)
+
+
+def _same_run(config: Config, out: Path) -> Path | None:
+    """A finished run of this configuration under another figure's name: their control arms are the same."""
+    from rlme.training.run_folder import RunFolder
+
+    wanted = config.model_dump(mode="json", exclude={"output"})
+    for file in sorted(out.glob("*/*/config.yaml")):
+        ran = read_yaml(file)
+        whole = RunFolder(file.parent).final.is_dir() and file.parent.suffix != ".partial"
+        if whole and all(ran.get(key) == value for key, value in wanted.items()):
+            return file.parent
+    return None

@@ -11,7 +11,7 @@ import re
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from rlme.lab.corpus import LONGEST, Mixture, Weights, draw_document, draw_drill
+from rlme.lab.corpus import LONGEST, Drills, Mixture, Weights, draw_document, draw_drill
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -28,7 +28,7 @@ def vocabulary() -> dict[str, int]:
     rng = random.Random(1)
     words = {str(d) for d in range(10)} | {f" {n}" for n in range(LONGEST + 1)}
     for _ in range(4000):
-        for document in (draw_document(rng, Mixture(), Weights()), draw_drill(rng, Weights())):
+        for document in (draw_document(rng, Mixture(), Weights()), draw_drill(rng, Drills(), Weights())):
             words.update(word for part in document for word in _PATTERN.findall(part.text))
     return {word: i for i, word in enumerate([*SPECIAL, *sorted(words)])}
 
