@@ -14,7 +14,7 @@ from rlme.config import Config
 from rlme.errors import InputError
 from rlme.judging import Sample
 from rlme.lab import corpus
-from rlme.lab.chart import Line, Panel, chart
+from rlme.lab.chart import Line, Panel, _ticks, chart
 from rlme.lab.data import write_data
 from rlme.lab.experiments import EXPERIMENTS, configuration
 from rlme.lab.results import smoothed
@@ -86,6 +86,7 @@ def test_tokens_give_back_the_text() -> None:
         for parts in (
             corpus.draw_document(rng, corpus.Mixture(), corpus.Weights()),
             corpus.draw_drill(rng, corpus.Drills(), corpus.Weights()),
+            corpus.draw_drill(rng, corpus.Drills(defined=0.8, kinds=("against",), claims=0.5), corpus.Weights()),
         ):
             text = "".join(part.text for part in parts)
             ids = [i for part in parts for i in encode(part.text)]
@@ -148,6 +149,11 @@ def test_an_unknown_experiment_is_named() -> None:
 def test_a_chart_is_one_picture() -> None:
     from xml.etree import ElementTree
 
-    text = chart([Panel("a < b", [Line("x", [1, 2], [0.1, 0.9], [0.0, 0.8], [0.2, 1.0])]), Panel("none", [])])
-    assert ElementTree.fromstring(text).tag.endswith("svg")
+    bands = Panel("a < b", [Line("x", [1, 2], [0.1, 0.9], [0.0, 0.8], [0.2, 1.0])])
+    dots = Panel("dots", [Line("y", [31, 47], [0.7, 0.9], dots=True)], y_range=None, x_range=(30, 50))
+    drawn = ElementTree.fromstring(chart([bands, Panel("none", []), dots, bands]))
+    assert drawn.tag.endswith("svg")
+    assert len([e for e in drawn.iter() if e.tag.endswith("circle")]) == 2
+    assert _ticks(31.2, 70.9) == [30, 40, 50, 60, 70, 80]
+    assert _ticks(0, 1) == [0, 0.25, 0.5, 0.75, 1]
     assert smoothed([1.0, 0.0]) == [1.0, 0.9]

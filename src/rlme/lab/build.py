@@ -15,18 +15,19 @@ from rlme.lab.pretrain import CLOSER, Plan, Stage
 
 BASE = Plan()
 JUDGING = Stage(1500, replace(CLOSER.mixture, judging_only=0.9), peak=0.5, level=0.0)
+DRILLS = Drills(0.8, ("invented", "same", *["against"] * 3), claims=0.15)
+READING = (
+    Stage(2500, Mixture(hinted=0.25)),
+    replace(CLOSER, mixture=replace(CLOSER.mixture, hinted=0.25)),
+    replace(CLOSER, mixture=replace(CLOSER.mixture, hinted=0.25, judging_only=0.7)),
+)
 PLANS: dict[str, Plan] = {
     "lab": BASE,
     "lab-judge": replace(BASE, stages=(*BASE.stages, JUDGING)),
     "lab-weak": replace(BASE, seed=3, stages=(Stage(1050),)),
-    "lab-reader": replace(
-        BASE,
-        stages=(Stage(2500, Mixture(hinted=0.25)), replace(CLOSER, mixture=replace(CLOSER.mixture, hinted=0.25))),
-        drill_steps=600,
-        drilled=Drills(0.8, ("invented", "same", *["against"] * 3), claims=0.15),
-    ),
+    "lab-reader": replace(BASE, stages=READING, drill_steps=600, drilled=DRILLS),
     "lab-small": replace(BASE, hidden=48, heads=3, stages=(Stage(2500),)),
-    "lab-large": replace(BASE, hidden=128, layers=4),
+    "lab-large": replace(BASE, hidden=128, layers=4, stages=(Stage(2500),)),
 }
 """The base model; the base model taught judging for longer; one whose training ended early; one drilled to read what a
 text says against what it was taught; two generators of other sizes."""

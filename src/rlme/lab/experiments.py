@@ -94,10 +94,12 @@ class Experiment:
 
 LONG: Changes = {"train": {"steps": 467}}
 HINTED: Changes = {
+    "model": "builtin:lab-reader",  # the base model does not copy a claim, nor read against what it was taught
     "data": {"train": "hinted-train.jsonl", "eval": "hinted-eval.jsonl"},
     "train": {"steps": 160},
 }
 READING: Changes = {
+    "model": "builtin:lab-reader",
     "data": {"train": "reading-train.jsonl", "eval": "reading-eval.jsonl"},
     "questions": {"supported": corpus.SUPPORTED, "only_text": corpus.ONLY_TEXT},
     "train": {"steps": 100, "eval_every": 50},
@@ -122,10 +124,11 @@ EXPERIMENTS: dict[str, Experiment] = {
         Experiment(
             "fig3",
             "Figure 3: the choice of generator",
-            "generators of different quality under one frozen evaluator",
+            "generators of different quality and size under one frozen evaluator",
             (
                 Arm("lab", (), "Qwen3-4B-Base"),
-                Arm("lab-judge", ({"model": "builtin:lab-judge"},), "Qwen2.5-1.5B"),
+                Arm("lab-small", ({"model": "builtin:lab-small"},), "Qwen2.5-1.5B"),
+                Arm("lab-small-RLVR", ({"model": "builtin:lab-small"}, RLVR)),
                 Arm("lab-weak", ({"model": "builtin:lab-weak"},), "Llama-3.2-3B"),
             ),
             common=FROZEN,

@@ -71,10 +71,10 @@ def _block(name: str, remarks: dict[str, str], default: str) -> str:
 def _section(out: Path, experiment: Experiment, runs: list[ArmRuns], images: Path) -> list[str]:
     table = _table_of(out, experiment, runs)
     if experiment.paper is None:
-        return [_sentence(runs), table]
+        return [_sentence(experiment, runs), table]
     image = images / f"lab-{experiment.name}.svg"
     image.write_text(chart(_panels(experiment, runs)), encoding="utf-8")
-    return [_sentence(runs), f"![{experiment.title}](images/{image.name})\n", table]
+    return [_sentence(experiment, runs), f"![{experiment.title}](images/{image.name})\n", table]
 
 
 def _table_of(out: Path, experiment: Experiment, runs: list[ArmRuns]) -> str:
@@ -83,14 +83,16 @@ def _table_of(out: Path, experiment: Experiment, runs: list[ArmRuns]) -> str:
     return _table(runs)
 
 
-def _sentence(runs: list[ArmRuns]) -> str:
+def _sentence(experiment: Experiment, runs: list[ArmRuns]) -> str:
     seeds = sorted({len(r.records) for r in runs})
     steps = sorted({r.steps for r in runs})
-    return (
-        f"Seeds: {' or '.join(map(str, seeds))}; steps: {' or '.join(map(str, steps))}. Lines are means over seeds of "
-        "the training batch's accuracy, smoothed as the paper's (decay .9); bands reach from the lowest to the highest "
-        "seed.\n"
+    what = (
+        "Accuracy on held-out problems; mean and standard deviation over seeds."
+        if experiment.paper is None
+        else "Lines are means over seeds of the training batch's accuracy, smoothed as the paper's (decay .9); bands "
+        "reach from the lowest to the highest seed."
     )
+    return f"Seeds: {' or '.join(map(str, seeds))}; steps: {' or '.join(map(str, steps))}. {what}\n"
 
 
 def _panels(experiment: Experiment, runs: list[ArmRuns]) -> list[Panel]:
