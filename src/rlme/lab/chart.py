@@ -36,15 +36,12 @@ class Panel:
     x_range: tuple[float, float] | None = None
 
 
-ACROSS = 3
-"""Panels in a row."""
-
-
 def chart(panels: Sequence[Panel]) -> str:
-    """Panels in rows, a legend under each."""
+    """Panels in rows of two or three, a legend under each."""
+    across = 2 if len(panels) == 4 else min(len(panels), 3)
     tall = HEIGHT + 16 * max((len(p.lines) + 1) // 2 for p in panels) + 8
-    width, height = WIDTH * min(len(panels), ACROSS), tall * -(-len(panels) // ACROSS)
-    places = [(i % ACROSS * WIDTH, i // ACROSS * tall) for i in range(len(panels))]
+    width, height = WIDTH * across, tall * -(-len(panels) // across)
+    places = [(i % across * WIDTH, i // across * tall) for i in range(len(panels))]
     drawn = "".join(
         f'<g transform="translate({x},{y})">{_panel(p)}</g>' for (x, y), p in zip(places, panels, strict=True)
     )

@@ -127,6 +127,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "generators of different quality and size under one frozen evaluator",
             (
                 Arm("lab", (), "Qwen3-4B-Base"),
+                Arm("lab-large", ({"model": "builtin:lab-large"},), "SmolLM3-3B"),
                 Arm("lab-small", ({"model": "builtin:lab-small"},), "Qwen2.5-1.5B"),
                 Arm("lab-small-RLVR", ({"model": "builtin:lab-small"}, RLVR)),
                 Arm("lab-weak", ({"model": "builtin:lab-weak"},), "Llama-3.2-3B"),

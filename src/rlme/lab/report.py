@@ -104,7 +104,9 @@ def _panels(experiment: Experiment, runs: list[ArmRuns]) -> list[Panel]:
     panels.append(Panel(f"paper: {what}", _paper_lines(paper, runs)))
     if experiment.name == "fig5":
         judged = [line for line in _lines(runs, "reward", smooth=True) if line.label != "RLVR"]
-        panels[1:1] = [Panel("lab: reward (log p)", judged, y_range=None)]
+        panels[1:1] = [Panel("lab: reward (log p)", judged, y_range=(-1.0, 0.0))]
+        paper_rewards = _paper_lines(paper_curves()["fig5-reward"], runs)
+        panels.append(Panel("paper: reward (log p)", paper_rewards, y_range=(-1.0, 0.0)))
     if experiment.name == "fig6":
         panels[1:1] = [Panel("lab: characters", _lines(runs, LENGTH, smooth=True), y_range=None)]
         panels.append(Panel("paper: characters", _paper_lines(paper_curves()["fig6-length"], runs), y_range=None))
