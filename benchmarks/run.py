@@ -174,7 +174,7 @@ The last column supposes our tokens at the whole measured matrix rate and nothin
 better without computing fewer tokens. In judging, each answer is read once, but every question's own words (and its
 label's) are new; with three questions that alone bounds the ratio of tokens.
 
-A further question adds {100 * growth:.1f} % to the judging time of the first (w1 with 1 and with 8); the target is 10 %.
+A further question adds {100 * growth:.1f} % to the judging time of the first (w1 with 1 and 8); the target is 10 %.
 
 ## What is left
 
