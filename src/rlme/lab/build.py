@@ -62,9 +62,12 @@ def build_models(out: Path, console: Console) -> None:
 
 def show_gates(console: Console) -> None:
     """Measure the shipped models."""
+    import torch
+
     from rlme.lab.gates import GATES, measure
     from rlme.models import load_model, load_tokenizer
 
+    torch.set_num_threads(1)
     shown = Table(title="lab models, measured on their own samples", title_justify="left")
     columns: dict[str, dict[str, float]] = {}
     for name in PLANS:
