@@ -78,7 +78,7 @@ def _section(out: Path, experiment: Experiment, runs: list[ArmRuns], images: Pat
 
 
 def _table_of(out: Path, experiment: Experiment, runs: list[ArmRuns]) -> str:
-    if experiment.name == "table1":
+    if experiment.paper is None:  # a table of the paper, not a figure
         return reading_table(out / "data" / "reading-eval.jsonl", runs)
     return _table(runs)
 

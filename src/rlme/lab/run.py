@@ -44,9 +44,7 @@ def run_experiments(
     """Run what is not there yet. Seeds go outside, so that an interrupted night has whole seeds to show."""
     import torch
 
-    torch.set_num_threads(
-        1
-    )  # the models are small: more threads are no faster, and on a busy machine many times slower
+    torch.set_num_threads(1)  # more are no faster for models this small, and on a busy machine many times slower
     unknown = set(arms) - {arm.label for e in experiments for arm in e.arms}
     if unknown:
         known = ", ".join(arm.label for e in experiments for arm in e.arms)
