@@ -415,3 +415,17 @@ def test_sliding_windows_and_a_full_store_hold_nothing(tiny_model_dirs):
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dirs["llama"])
     sample(model, [PROMPTS[0]], 2, max_new_tokens=4, eos_token_ids=[2], keep=small)
     assert small.tokens == 0
+
+
+def test_a_bfloat16_models_head_reads_as_exactly_as_float64(tiny_model_dirs):
+    """Its products may round factors to bfloat16 (they are), never the sums; the setting is put back."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dirs["llama"], dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    hidden = (torch.randn(40, model.config.hidden_size, generator=generator) * 3).bfloat16()
+    targets = torch.randint(0, model.config.vocab_size, (40,), generator=generator)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    found = LMHead(model).read(hidden, torch.arange(40), targets)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    logits = hidden.double() @ model.get_output_embeddings().weight.detach().double().t()
+    expected = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-5)

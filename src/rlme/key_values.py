@@ -8,8 +8,7 @@ tokens are the same; `rlme.tree_attention` lets the questions attend to it.
 from __future__ import annotations
 
 from bisect import bisect
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -34,18 +33,24 @@ class KeyValues:
         self._prompts: dict[tuple[int, ...], Ints] = {}
         self._sequences: list[tuple[tuple[int, ...], Ints]] = []  # tokens, and where each of them is held
 
-    def hold(self, layers: Sequence[Any], rows: Sequence[tuple[int, Sequence[int], Sequence[int]]], begin: int) -> None:
-        """Copy rows out of a cache: (row of the batch, its prompt, the completion tokens the cache has seen).
+    def hold(
+        self,
+        layers: int,
+        read: Callable[[int], tuple[Tensor, Tensor]],
+        rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+        begin: int,
+    ) -> None:
+        """Copy R rows of a cache: `rows` are their prompts, and the completion tokens the cache has seen.
 
-        `layers` hold [R, K, L, d]: prompts padded on the left to `begin` tokens, then completions. Rows that would
-        exceed the limit are left out.
+        `read(n)` gives keys and values [R, K, L, d] of layer n: prompts padded on the left to `begin` tokens, then
+        completions. Rows that would exceed the limit are left out.
         """
-        keys = layers[0].keys
-        per_token = 2 * len(layers) * keys.shape[1] * keys.shape[3] * keys.element_size()
+        keys, _ = read(0)
+        per_token = 2 * layers * keys.shape[1] * keys.shape[3] * keys.element_size()
         batch: list[Ints] = []
         columns: list[Ints] = []
         positions = [self.positions]
-        for row, prompt, own in rows:
+        for row, (prompt, own) in enumerate(rows):
             known = self._prompts.get(tuple(prompt))
             first = 0 if known is None else len(prompt)  # the first position that is new
             new = len(prompt) + len(own) - first
@@ -64,8 +69,9 @@ class KeyValues:
             return
         self.positions = np.concatenate(positions)
         index = tuple(torch.from_numpy(np.concatenate(x)).to(keys.device) for x in (batch, columns))
-        for number, layer in enumerate(layers):
-            piece = layer.keys[index[0], :, index[1]], layer.values[index[0], :, index[1]]
+        for number in range(layers):
+            keys, values = read(number)
+            piece = keys[index[0], :, index[1]], values[index[0], :, index[1]]
             self._pieces.setdefault(number, []).append(piece)
 
     def layer(self, number: int) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,8 @@
 """Grouped sampling: each prompt is read once, its completions are written together, finished rows leave the
 batch.
 
-For machines where vLLM is not an option. Any causal model with a key-value cache works; the cache is
-transformers' own, except that full-attention layers write into spare room instead of copying everything for
-each new token.
+For machines where vLLM is not an option. Any causal model with a key-value cache works; where the model lets us, a
+prompt is held once in it for all its completions (`rlme.prompt_groups`).
 """
 
 from __future__ import annotations
@@ -11,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import (
-    DynamicCache,
     LogitsProcessorList,
     MinPLogitsWarper,
     PreTrainedModel,
@@ -28,13 +26,12 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.cache_utils import DynamicLayer
 
 from rlme.key_values import KeyValues
+from rlme.prompt_groups import PromptGroups, RoomyLayer, may_group, roomy_cache, step_inputs
 from rlme.tree_attention import causal_lm, device_of, evaluating
 
 BLOCK = 256  # tokens of the vocabulary whose probabilities are summed first when one is drawn
-GROWTH = 64  # tokens of room added when a cache layer is full
 COMPACT_BELOW = 7 / 8  # finished rows are dropped from the cache once fewer rows than this share are active
 
 
@@ -186,7 +183,8 @@ def _sample_batch(
     # Left-padded with a token of the prompt itself, which a repetition penalty then finds nothing new in.
     ids = torch.tensor([[p[0]] * (longest - len(p)) + list(p) for p in unique], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in unique], device=device)
-    cache = _cache(model)
+    cache = roomy_cache(model)
+    shared = len(unique) < len(prompts) and may_group(model, max(unique, key=len))
     logits = model(
         input_ids=ids,
         attention_mask=mask,
@@ -196,20 +194,30 @@ def _sample_batch(
         # An index instead of a slice: a head on a slice multiplies a copy of its weights for each row.
         logits_to_keep=torch.tensor([longest - 1], device=device),
     ).logits[:, -1]
-    cache.batch_select_indices(copies)
+    groups = PromptGroups(cache, mask, copies) if shared else None
+    if groups is None:
+        cache.batch_select_indices(copies)
     ids, mask, logits = ids[copies], mask[copies], logits[copies]
     positions = mask.sum(1)
 
     rows = torch.arange(len(prompts), device=device)  # the row of `results` that each row of the batch writes
     active = torch.ones_like(rows, dtype=torch.bool)
-    if any(type(layer) is not _RoomyLayer for layer in cache.layers):
+    if any(not isinstance(layer, RoomyLayer) for layer in cache.layers):
         keep = None
 
     def hold(leaving: Tensor) -> None:
         """Keep the keys and values of these rows of the batch; their last token was never read."""
-        if keep is not None:
-            members = [(b, int(rows[b])) for b in leaving.tolist()]
-            keep.hold(cache.layers, [(b, prompts[row], results[row].ids[:-1]) for b, row in members], longest)
+        if keep is None:
+            return
+
+        def read(number: int) -> tuple[Tensor, Tensor]:
+            if groups is not None:
+                return groups.whole(number, leaving)
+            layer = cache.layers[number]
+            return cast(Tensor, layer.keys)[leaving], cast(Tensor, layer.values)[leaving]
+
+        members = [(prompts[row], results[row].ids[:-1]) for row in rows[leaving].tolist()]
+        keep.hold(len(cache.layers), read, members, longest)
 
     for step in range(noise.shape[1]):
         tokens, logprobs = _draw(
@@ -236,11 +244,13 @@ def _sample_batch(
             hold((~active).nonzero()[:, 0])
             stay = active.nonzero()[:, 0]
             cache.batch_select_indices(stay)
+            if groups is not None:
+                groups.select(stay)
             rows, active, ids, mask, positions = (x[stay] for x in (rows, active, ids, mask, positions))
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         logits = model(
             input_ids=ids[:, -1:],
-            attention_mask=mask,
+            **(step_inputs(groups) if groups else {"attention_mask": mask}),
             position_ids=positions[:, None],
             past_key_values=cache,
             use_cache=True,
@@ -278,44 +288,6 @@ def _invert(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     weight = weights.gather(1, chosen).double()
     below = cumulative.gather(1, chosen) - weight
     return chosen[:, 0], ((target - below) / weight).clamp(0, 1)[:, 0]
-
-
-class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
-    """A full-attention cache layer with spare room: a new token is written without copying those held."""
-
-    room: tuple[Tensor, Tensor] | None = None  # keys and values, [R, heads, length and more, d]
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append [R, heads, T, d] and return everything held, as views."""
-        held = self.get_seq_length()
-        stop = held + key_states.shape[2]
-        if self.room is None or self.room[0].shape[2] < stop:
-            before: tuple[Tensor | None, Tensor | None] = (self.keys, self.values)  # type: ignore[has-type]
-            shape = (*key_states.shape[:2], stop + GROWTH, key_states.shape[3])
-            self.room = (
-                key_states.new_empty(shape),
-                value_states.new_empty((*shape[:3], value_states.shape[3])),
-            )
-            for room, kept in zip(self.room, before, strict=True):
-                if kept is not None:
-                    room[:, :, :held] = kept
-        for room, new in zip(self.room, (key_states, value_states), strict=True):
-            room[:, :, held:stop] = new
-        self.keys, self.values = (room[:, :, :stop] for room in self.room)
-        self.is_initialized = True
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep (or repeat) these rows; they move out of the room."""
-        super().batch_select_indices(indices)
-        self.room = None
-
-
-def _cache(model: PreTrainedModel) -> DynamicCache:
-    cache = DynamicCache(config=model.config)
-    layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]  # type: ignore[no-untyped-call]
-    cache.layers = layers
-    return cache
 
 
 @contextmanager

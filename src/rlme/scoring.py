@@ -24,11 +24,18 @@ from transformers import PreTrainedModel
 from rlme.key_values import KeyValues
 from rlme.lm_head import LMHead
 from rlme.prefix_tree import Ints, plan_packs, shared_length
-from rlme.tree_attention import TreeInputs, causal_lm, device_of, evaluating, install, tree_unsupported_reason
+from rlme.tree_attention import (
+    TreeInputs,
+    causal_lm,
+    device_of,
+    difference,
+    evaluating,
+    install,
+    tolerance,
+    tree_unsupported_reason,
+)
 
 CHECK_TOKENS = 512  # the first use of a model compares both paths on a sample of about this many tokens
-TOLERANCE = 1e-3  # float32: largest difference of a token's log-probability, in nats
-LOW_PRECISION_TOLERANCE = 0.1  # bfloat16, float16, autocast: mean difference
 
 _checked: WeakKeyDictionary[PreTrainedModel, dict[bool, str | None]] = WeakKeyDictionary()
 _reusable: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
@@ -292,7 +299,7 @@ def _may_reuse(model: nn.Module, sequence: Sequence[int], known: KeyValues, plac
             # Any tokens serve for the comparison: those of the sequence's end.
             rows = torch.arange(len(hidden))
             logps.append(head.read(hidden, rows, torch.tensor(sequence[len(places) :])))
-        reason = _difference(inner, *logps)
+        reason = difference(inner, *logps)
         _reusable[inner] = reason is None
         if reason is not None:
             warnings.warn(
@@ -301,21 +308,6 @@ def _may_reuse(model: nn.Module, sequence: Sequence[int], known: KeyValues, plac
                 stacklevel=3,
             )
     return _reusable.get(inner, True)
-
-
-def _tolerance(inner: PreTrainedModel) -> float:
-    rounding = inner.dtype != torch.float32 or torch.is_autocast_enabled(device_of(inner).type)
-    return LOW_PRECISION_TOLERANCE if rounding else TOLERANCE
-
-
-def _difference(inner: PreTrainedModel, plain: Tensor, ours: Tensor) -> str | None:
-    """What is wrong with our log-probabilities, if they differ from the plain ones by more than rounding."""
-    allowed = _tolerance(inner)
-    differences = (plain - ours).detach().abs()
-    difference = float(differences.max() if allowed == TOLERANCE else differences.mean())
-    if difference <= allowed or not bool(plain.isfinite().all()):
-        return None
-    return f"log-probabilities differ by {difference:.3g} (at most {allowed} is rounding)"
 
 
 def _sample(sequences: Sequence[Sequence[int]]) -> list[Sequence[int]]:
@@ -347,14 +339,14 @@ def _disagreement(model: nn.Module, sample: list[Sequence[int]], *, gradient: bo
             where = torch.from_numpy(np.concatenate([path[:-1] for path in forward.paths])).to(device)
             hidden = forward.hidden.index_select(0, where)
             ours, _ = LMHead(inner).logps(hidden, tokens[:, 1:].flatten(), 1.0, False)
-        reason = _difference(inner, plain, ours)
+        reason = difference(inner, plain, ours)
         if reason is not None:
             return reason
         if differentiable:
             expected = torch.autograd.grad(plain.sum(), weights)[0].float()
             found = torch.autograd.grad(ours.sum(), weights)[0].float()
             relative = float((expected - found).norm() / expected.norm().clamp_min(1e-12))
-            if not relative <= max(0.01, _tolerance(inner)):
+            if not relative <= max(0.01, tolerance(inner)):
                 return f"a gradient differs by {relative:.1%}"
     except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         return f"the shared pass failed: {error}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -24,7 +24,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from rlme.key_values import KeyValues
 from rlme.prefix_tree import Ints, Tile, batch_tiles, build_row, plan_tiles, tile_mask, without_known
 
+if TYPE_CHECKING:
+    from rlme.prompt_groups import PromptGroups
+
 PREFIX = "rlme_tree_"  # our attention over "sdpa" is registered as "rlme_tree_sdpa"
+TOLERANCE = 1e-3  # float32: largest difference of a token's log-probability, in nats
+LOW_PRECISION_TOLERANCE = 0.1  # bfloat16, float16, autocast: mean difference
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -191,17 +196,21 @@ def _dispatch(base: str) -> Any:
         value: Tensor,
         attention_mask: Tensor | None,
         tree_layout: TreeLayout | None = None,
+        prompt_groups: PromptGroups | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        if tree_layout is None:
+        if tree_layout is None and prompt_groups is None:
             output: tuple[Tensor, Tensor | None] = attend_as_before(module, query, key, value, attention_mask, **kwargs)
             return output
         refused = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
         if refused or kwargs.get("is_causal") is False:
             raise NotImplementedError(f"attention with {', '.join(refused) or 'is_causal=False'}")
+        if prompt_groups is not None:
+            number = cast(int, module.layer_idx)
+            return prompt_groups.attend(number, query, key, value, kwargs.get("scaling")), None
         names = ("dropout", "scaling", "sliding_window")
         options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-        return tree_attention(module, query, key, value, tree_layout, **options), None
+        return tree_attention(module, query, key, value, cast(TreeLayout, tree_layout), **options), None
 
     return attention
 
@@ -233,6 +242,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         if training:
             model.train()
+
+
+def tolerance(inner: PreTrainedModel) -> float:
+    """How far apart a token's log-probabilities by two ways of computing may be and still be rounding."""
+    rounding = inner.dtype != torch.float32 or torch.is_autocast_enabled(device_of(inner).type)
+    return LOW_PRECISION_TOLERANCE if rounding else TOLERANCE
+
+
+def difference(inner: PreTrainedModel, plain: Tensor, ours: Tensor) -> str | None:
+    """What is wrong with our log-probabilities, if they differ from the plain ones by more than rounding."""
+    allowed = tolerance(inner)
+    differences = (plain - ours).detach().abs()
+    difference = float(differences.max() if allowed == TOLERANCE else differences.mean())
+    if difference <= allowed or not bool(plain.isfinite().all()):
+        return None
+    return f"log-probabilities differ by {difference:.3g} (at most {allowed} is rounding)"
 
 
 def install(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ import torch
 from rlme.errors import InputError
 from rlme.judgement import Answer, Failure, Message, Request
 from rlme.key_values import KeyValues
+from rlme.memory import keep_freed_memory
 from rlme.models import has_chat_template
 from rlme.sampling import sample
 from rlme.scoring import continuation_logprobs
@@ -55,7 +56,10 @@ class LocalEvaluator:
         """Gives the keys and values that the model has computed before, with the weights it has now."""
         self.tokens_computed = 0
         """Tokens that went through the model so far; less than the tokens asked about wherever prefixes are shared."""
-        self._model: ModelContext = model if not hasattr(model, "config") else lambda: _borrowed(model)
+        self._model: ModelContext = model
+        if hasattr(model, "config"):
+            keep_freed_memory(model.device)
+            self._model = lambda: _borrowed(model)
 
     def logprobs(self, requests: Sequence[Request]) -> list[Answer]:
         """One answer per request; identical contexts and shared prefixes are computed once."""

@@ -1,0 +1,215 @@
+"""The cache of grouped sampling: a prompt's keys and values are held once, whatever number of rows continue it.
+
+While R rows are written, each attends to its own prompt and to what it has written itself. Copying the prompt into
+every row's cache would hold and read it once per row; here all rows of a group read it together, as one matrix
+product, and a softmax over both parts joins the two. Where a model does not let us (`may_group`), every row gets its
+copy, in transformers' own cache.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from rlme.tree_attention import device_of, difference, install, tree_unsupported_reason
+
+GROWTH = 64  # tokens of room added when a cache layer is full
+CHECK_TOKENS = 256  # a model's first use compares both ways on a prompt of at most this length
+
+_checked: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
+
+class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """A full-attention cache layer with spare room: a new token is written without copying those held."""
+
+    room: tuple[Tensor, Tensor] | None = None  # keys and values, [R, heads, length and more, d]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append [R, heads, T, d] and return everything held, as views."""
+        held = self.get_seq_length()
+        stop = held + key_states.shape[2]
+        if self.room is None or self.room[0].shape[2] < stop:
+            before: tuple[Tensor | None, Tensor | None] = (self.keys, self.values)  # type: ignore[has-type]
+            shape = (*key_states.shape[:2], stop + GROWTH, key_states.shape[3])
+            self.room = (
+                key_states.new_zeros(shape),
+                value_states.new_zeros((*shape[:3], value_states.shape[3])),
+            )
+            for room, kept in zip(self.room, before, strict=True):
+                if kept is not None:
+                    room[:, :, :held] = kept
+        for room, new in zip(self.room, (key_states, value_states), strict=True):
+            room[:, :, held:stop] = new
+        self.keys, self.values = (room[:, :, :stop] for room in self.room)
+        self.is_initialized = True
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep (or repeat) these rows; they move out of the room."""
+        self.keys, self.values = self.keys[indices], self.values[indices]
+        self.room = None
+
+
+class _OwnLayer(RoomyLayer):
+    """What the rows of groups have written themselves, beside prompts `keys` and `values`[P, heads, L, d]."""
+
+    def __init__(self, rows: int, keys: Tensor, values: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = (x.new_empty((rows, x.shape[1], 0, x.shape[3])) for x in (keys, values))
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append, and return the whole room: products over a part of it would copy that part first."""
+        super().update(key_states, value_states)
+        return cast(tuple[Tensor, Tensor], self.room)
+
+
+def roomy_cache(model: PreTrainedModel) -> DynamicCache:
+    """An empty cache for a model: its layers of full attention are roomy, the others transformers' own."""
+    cache = DynamicCache(config=model.config)
+    layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]  # type: ignore[no-untyped-call]
+    cache.layers = layers
+    return cache
+
+
+class PromptGroups:
+    """P prompts that R rows continue: the prompts' keys and values, and who continues which.
+
+    `cache` has read the prompts, padded on the left; their keys and values move here, and it is left with what the
+    rows write. `mask`[P, L] is 0 at padding. `prompt_of`[R]: the prompt of each row.
+    """
+
+    def __init__(self, cache: DynamicCache, mask: Tensor, prompt_of: Tensor) -> None:
+        self.prompts: list[tuple[Tensor, Tensor]] = [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[misc]
+        self.own = [_OwnLayer(len(prompt_of), *held) for held in self.prompts]
+        cache.layers = list(self.own)
+        self.mask = mask.bool()
+        self._arrange(prompt_of)
+
+    def _arrange(self, prompt_of: Tensor) -> None:
+        self.prompt_of = prompt_of
+        self.hidden = None if bool(self.mask.all()) else ~self.mask[:, None, None]
+        self._places: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def _layout(self, kinds: int) -> tuple[Tensor, Tensor]:
+        """The rows' heads [R * K] laid out as [P * K * widest group]: where each place takes its head from, and where
+        each head went."""
+        if kinds not in self._places:
+            order = self.prompt_of.argsort(stable=True)
+            counts = self.prompt_of.bincount(minlength=len(self.mask))
+            number = torch.arange(len(order), device=order.device)  # within its group:
+            number -= (counts.cumsum(0) - counts).repeat_interleave(counts)
+            widest = int(counts.max())
+            kind = torch.arange(kinds, device=order.device)
+            went = torch.empty((len(order), kinds), dtype=torch.long, device=order.device)
+            went[order] = (self.prompt_of[order, None] * kinds + kind) * widest + number[:, None]
+            taken = torch.zeros(len(counts) * kinds * widest, dtype=torch.long, device=order.device)
+            taken[went.flatten()] = torch.arange(went.numel(), device=order.device)
+            self._places[kinds] = taken, went.flatten()
+        return self._places[kinds]
+
+    def select(self, stay: Tensor) -> None:
+        """Go on with these rows; a prompt that nobody continues is let go."""
+        left, prompt_of = self.prompt_of[stay].unique(return_inverse=True)
+        if len(left) < len(self.mask):
+            self.mask = self.mask[left]
+            self.prompts = [(keys[left], values[left]) for keys, values in self.prompts]
+        self._arrange(prompt_of)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+        """Attention of one token per row, `query`[R, H, 1, d], over its prompt and its own `key`, `value`: the room of
+        the layer, [R, K, room, d], of which what is written counts.
+
+        Returns [R, 1, H, d]. The heads that share keys are one matrix, and so are the rows that share a prompt.
+        """
+        prompt_keys, prompt_values = self.prompts[layer]
+        prompts, kinds, length, dim = prompt_keys.shape
+        rows, per_kind, width = len(query), query.shape[1] // kinds, value.shape[3]
+        taken, went = self._layout(kinds)
+
+        def grouped(x: Tensor) -> Tensor:
+            """[R * K, H/K, n] as [P * K, widest group * H/K, n]."""
+            return x.flatten(1).index_select(0, taken).view(prompts * kinds, -1, x.shape[2])
+
+        def by_row(x: Tensor) -> Tensor:
+            """The way back."""
+            return x.reshape(len(taken), -1).index_select(0, went).view(rows * kinds, per_kind, -1)
+
+        query = query.reshape(rows * kinds, per_kind, dim) * (dim**-0.5 if scaling is None else scaling)
+        to_prompt = torch.bmm(grouped(query), prompt_keys.flatten(0, 1).transpose(1, 2))
+        if self.hidden is not None:
+            to_prompt.view(prompts, -1, to_prompt.shape[1], length).masked_fill_(self.hidden, float("-inf"))
+        to_own = torch.bmm(query, key.flatten(0, 1).transpose(1, 2))
+        to_own[..., self.own[layer].get_seq_length() :] = float("-inf")
+        weights = torch.cat([to_prompt, grouped(to_own)], -1).softmax(-1, dtype=torch.float32).to(value.dtype)
+        from_prompt = by_row(torch.bmm(weights[..., :length], prompt_values.flatten(0, 1)))
+        from_own = torch.bmm(by_row(weights[..., length:]), value.flatten(0, 1))
+        return (from_prompt + from_own).view(rows, 1, -1, width)
+
+    def whole(self, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [rows, K, L, d] of one layer as a cache without groups would hold them."""
+        prompt_of = self.prompt_of[rows]
+        own = self.own[layer]
+        parts = zip(self.prompts[layer], (own.keys[rows], own.values[rows]), strict=True)
+        keys, values = (torch.cat([prompt[prompt_of], own], 2) for prompt, own in parts)
+        return keys, values
+
+
+@torch.no_grad()
+def may_group(model: PreTrainedModel, prompt: Sequence[int]) -> bool:
+    """Whether rows may share a prompt in this model's cache: reasons known beforehand, then both ways compared, once.
+
+    The model is as it will be used: in evaluation mode, with the weights it samples with.
+    """
+    if model not in _checked:
+        reason = tree_unsupported_reason(model)
+        layers = {type(layer) for layer in roomy_cache(model).layers}
+        if reason is None and layers != {RoomyLayer}:
+            reason = "not all of its layers attend to everything"
+        if reason is None:
+            install(model)
+            reason = _disagreement(model, list(prompt)[-CHECK_TOKENS:])
+            if reason is not None:
+                warnings.warn(
+                    f"{type(model).__name__}: every completion gets its own copy of the prompt in the cache (correct, "
+                    f"but slower): {reason}",
+                    stacklevel=2,
+                )
+        _checked[model] = reason is None
+    return _checked[model]
+
+
+def _disagreement(model: PreTrainedModel, prompt: list[int]) -> str | None:
+    """Compare the log-probabilities after two different tokens behind one prompt, read at once and as a group."""
+    device = device_of(model)
+    ends = torch.tensor([[prompt[0]], [prompt[-1]]], device=device)
+    ids = torch.tensor([prompt], device=device)
+    plain = model(input_ids=torch.cat([ids.expand(2, -1), ends], 1), use_cache=False).logits[:, -1]
+    cache = roomy_cache(model)
+    try:
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
+        groups = PromptGroups(cache, torch.ones_like(ids), torch.zeros(2, dtype=torch.long, device=device))
+        logits = model(
+            input_ids=ends,
+            position_ids=torch.full_like(ends, len(prompt)),
+            past_key_values=cache,
+            use_cache=True,
+            **step_inputs(groups),
+        ).logits[:, -1]
+    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        return f"the pass in groups failed: {error}"
+    return difference(model, *(x.float().log_softmax(-1) for x in (plain, logits)))
+
+
+def step_inputs(groups: PromptGroups) -> dict[str, Any]:
+    """What a decoding step of a group is called with besides tokens and positions."""
+    # A 4D mask is passed through as it is instead of a new one being built at each step; nothing reads it.
+    mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=groups.mask.device)
+    return {"attention_mask": mask, "prompt_groups": groups}
