@@ -423,9 +423,10 @@ def test_a_bfloat16_models_head_reads_as_exactly_as_float64(tiny_model_dirs):
     generator = torch.Generator().manual_seed(0)
     hidden = (torch.randn(40, model.config.hidden_size, generator=generator) * 3).bfloat16()
     targets = torch.randint(0, model.config.vocab_size, (40,), generator=generator)
-    before = torch.backends.mkldnn.matmul.fp32_precision
+    settings = getattr(torch.backends.mkldnn, "matmul", None)  # torch 2.9 and later
+    before = getattr(settings, "fp32_precision", None)
     found = LMHead(model).read(hidden, torch.arange(40), targets)
-    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    assert getattr(settings, "fp32_precision", None) == before
     logits = hidden.double() @ model.get_output_embeddings().weight.detach().double().t()
     expected = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
     torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-5)

@@ -16,9 +16,9 @@ def keep_freed_memory(device: torch.device) -> None:
     happens).
 
     glibc takes every large block new from the system and gives it back when it is freed; then each page is a fault at
-    its first touch, which costs more than the arithmetic on it: up to a third of a training step of a small model
-    (`benchmarks/`, "memory"). Blocks of at most 1 GiB now come from memory that the process has held before. The peak
-    stays what it was; between peaks the process does not shrink. The settings are those of the environment variables
+    its first touch, which costs more than the arithmetic on it, most of all on a virtual machine (BENCHMARKS.md).
+    Blocks of at most 1 GiB now come from memory that the process has held before. The peak did not rise where we
+    measured it; between peaks the process does not shrink. The settings are those of the environment variables
     MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_, for the whole process; calling twice does nothing more.
     """
     if device.type != "cpu":

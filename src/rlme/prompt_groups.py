@@ -87,8 +87,10 @@ class PromptGroups:
     """
 
     def __init__(self, cache: DynamicCache, mask: Tensor, prompt_of: Tensor) -> None:
-        self.prompts: list[tuple[Tensor, Tensor]] = [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[misc]
-        self.own = [_OwnLayer(len(prompt_of), *held) for held in self.prompts]
+        # Without the room behind them, which products would copy them out of at each step.
+        held = ((cast(Tensor, layer.keys), cast(Tensor, layer.values)) for layer in cache.layers)
+        self.prompts = [(keys.contiguous(), values.contiguous()) for keys, values in held]
+        self.own = [_OwnLayer(len(prompt_of), *prompt) for prompt in self.prompts]
         cache.layers = list(self.own)
         self.mask = mask.bool()
         self._arrange(prompt_of)
@@ -142,7 +144,8 @@ class PromptGroups:
             """The way back."""
             return x.reshape(len(taken), -1).index_select(0, went).view(rows * kinds, per_kind, -1)
 
-        query = query.reshape(rows * kinds, per_kind, dim) * (dim**-0.5 if scaling is None else scaling)
+        query = query.to(key.dtype) * (dim**-0.5 if scaling is None else scaling)
+        query = query.reshape(rows * kinds, per_kind, dim)
         to_prompt = torch.bmm(grouped(query), prompt_keys.flatten(0, 1).transpose(1, 2))
         if self.hidden is not None:
             to_prompt.view(prompts, -1, to_prompt.shape[1], length).masked_fill_(self.hidden, float("-inf"))
