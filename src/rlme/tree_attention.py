@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -23,9 +23,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlme.key_values import KeyValues
 from rlme.prefix_tree import Ints, Tile, batch_tiles, build_row, plan_tiles, tile_mask, without_known
-
-if TYPE_CHECKING:
-    from rlme.prompt_groups import PromptGroups
 
 PREFIX = "rlme_tree_"  # our attention over "sdpa" is registered as "rlme_tree_sdpa"
 TOLERANCE = 1e-3  # float32: largest difference of a token's log-probability, in nats
@@ -186,6 +183,12 @@ def _attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: 
     return torch.bmm(scores.softmax(-1), v.reshape(count * kinds, longest, -1)).view(count, heads, widest, -1)
 
 
+class DecodingGroups(Protocol):
+    """Rows that continue prompts held once (`rlme.prompt_groups`): attention of one new token of each."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor: ...
+
+
 def _dispatch(base: str) -> Any:
     attend_as_before = ALL_ATTENTION_FUNCTIONS[base]
 
@@ -196,7 +199,7 @@ def _dispatch(base: str) -> Any:
         value: Tensor,
         attention_mask: Tensor | None,
         tree_layout: TreeLayout | None = None,
-        prompt_groups: PromptGroups | None = None,
+        prompt_groups: DecodingGroups | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         if tree_layout is None and prompt_groups is None:
@@ -206,8 +209,8 @@ def _dispatch(base: str) -> Any:
         if refused or kwargs.get("is_causal") is False:
             raise NotImplementedError(f"attention with {', '.join(refused) or 'is_causal=False'}")
         if prompt_groups is not None:
-            number = cast(int, module.layer_idx)
-            return prompt_groups.attend(number, query, key, value, kwargs.get("scaling")), None
+            layer = cast(int, module.layer_idx)
+            return prompt_groups.attend(layer, query, key, value, kwargs.get("scaling")), None
         names = ("dropout", "scaling", "sliding_window")
         options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
         return tree_attention(module, query, key, value, cast(TreeLayout, tree_layout), **options), None
