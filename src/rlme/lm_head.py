@@ -117,8 +117,7 @@ def _scaled(logits: Tensor, temperature: float, scale: float, softcap: float | N
 def _bfloat16_factors(exact: bool) -> Iterator[None]:
     """Inside, a CPU's float32 products may round their factors to bfloat16 and still add up in float32: nothing is
     lost where `exact`, the factors being bfloat16 numbers, and there are units that multiply those twice as fast."""
-    settings: Any = torch.backends.mkldnn
-    settings = getattr(settings, "matmul", None)
+    settings: Any = getattr(torch.backends.mkldnn, "matmul", None)
     if not exact or not hasattr(settings, "fp32_precision"):  # torch before 2.9
         yield
         return
@@ -175,7 +174,8 @@ class LMHead:
         unique, back = torch.unique(rows.to(hidden.device), return_inverse=True)
         targets = targets.to(hidden.device)
         result = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        exact = hidden.dtype == torch.bfloat16 and next(self.head.parameters()).dtype == torch.bfloat16
+        # An adapter on the head may multiply by float32 weights of its own.
+        exact = type(self.head) is nn.Linear and hidden.dtype == self.head.weight.dtype == torch.bfloat16
         with self._gathered(), torch.autocast(hidden.device.type, enabled=False), _bfloat16_factors(exact):
             for start in range(0, len(unique), ROW_CHUNK):
                 chunk = hidden.index_select(0, unique[start : start + ROW_CHUNK]).float()

@@ -247,10 +247,11 @@ def _sample_batch(
             if groups is not None:
                 groups.select(stay)
             rows, active, ids, mask, positions = (x[stay] for x in (rows, active, ids, mask, positions))
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        if groups is None:
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         logits = model(
             input_ids=ids[:, -1:],
-            **(step_inputs(groups) if groups else {"attention_mask": mask}),
+            **({"attention_mask": mask} if groups is None else step_inputs(groups)),
             position_ids=positions[:, None],
             past_key_values=cache,
             use_cache=True,
