@@ -2,6 +2,8 @@
 
     python benchmarks/run.py                                regenerates BENCHMARKS.md (a long run)
     python benchmarks/run.py --workload w1 --json FILE      one workload: seconds of ours, of the peer, ratio
+    python benchmarks/random_model.py qwen3-4b DIR          a model for GPUs, then:
+    python benchmarks/run.py --model DIR --out FILE
 
 The sides run in processes of their own, one after another in turns, so that a machine that slows down slows both.
 Ratios are medians over pairs of steps. Run it on a machine that does nothing else.
@@ -22,7 +24,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from workloads import ALONE, WORKLOADS
+from workloads import ALONE, UNCOUNTED, WORKLOADS
 
 HERE = Path(__file__).resolve().parent
 STAGES = ("sample", "judge", "update", "step")
@@ -38,7 +40,7 @@ NAMES = {"sample": "sampling", "judge": "judging", "update": "loss and update", 
 def run_side(side: str, workload: str, options: argparse.Namespace, *extra: str) -> dict[str, Any]:
     """One process of `side.py`; its last line of output."""
     command = [sys.executable, str(HERE / "side.py"), "--side", side.removesuffix("_kept"), "--workload", workload]
-    steps = options.steps if workload == "w1" else 1
+    steps = options.steps if workload == "w1" and "--profile" not in extra else 1
     command += ["--model", options.model, "--steps", str(steps), "--clock", options.clock, *extra]
     environment = dict(os.environ) | (KEPT if side.endswith("_kept") else {})
     if options.threads:
@@ -64,8 +66,8 @@ def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Medians of a workload: per stage seconds, tokens and share of the matrix rate of each side, and paired ratios."""
     steps = {side: [step for run in results for step in run["steps"]] for side, results in runs.items()}
     rate = max(run["matmul_gflops"] for results in runs.values() for run in results) * 1e9
-    body = next(iter(runs.values()))[0]["body_weights"]
-    summary: dict[str, Any] = {"stages": {}, "peak_gib": {}, "matmul_gflops": rate / 1e9}
+    first = next(iter(runs.values()))[0]
+    summary: dict[str, Any] = {"stages": {}, "peak_gib": {}, "matmul_gflops": rate / 1e9, "gpu": first["gpu"]}
     for stage in STAGES:
         row: dict[str, Any] = {}
         for side, measured in steps.items():
@@ -75,14 +77,15 @@ def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
                 tokens = statistics.median(step["tokens"].get(stage, 0) for step in measured)
                 # Forward: 2 operations per weight and token; with backward: 6. The LM head is left out.
                 row[f"{side}_tokens"] = tokens
-                row[f"{side}_rate"] = (6 if stage == "update" else 2) * body * tokens / seconds / rate
+                operations = (6 if stage == "update" else 2) * first["body_weights"]
+                row[f"{side}_rate"] = operations * tokens / seconds / rate
         for other in steps.keys() - {"ours"}:
             pairs = zip(steps[other], steps["ours"], strict=False)
             row[f"{other}_ratio"] = statistics.median(a["seconds"][stage] / b["seconds"][stage] for a, b in pairs)
         summary["stages"][stage] = row
+    memory = "peak_gpu_gib" if summary["gpu"] else "peak_gib"
     for side, results in runs.items():
-        summary["peak_gib"][side] = max(run["peak_gib"] for run in results)
-        summary.setdefault("peak_gpu_gib", {})[side] = max(run["peak_gpu_gib"] for run in results)
+        summary["peak_gib"][side] = max(run[memory] for run in results)
     return summary
 
 
@@ -100,7 +103,7 @@ def stage_table(summary: dict[str, Any], sides: tuple[str, ...]) -> str:
             cells.append("" if stage == "step" else f"{100 * row[f'{s}_rate']:.0f}")
         lines.append("| " + " | ".join(cells) + " |")
     peak = ", ".join(f"{SIDES[s]} {summary['peak_gib'][s]:.1f} GiB" for s in sides)
-    return "\n".join(lines) + f"\n\nPeak memory of the process: {peak}.\n"
+    return "\n".join(lines) + f"\n\nPeak memory of the {'GPU' if summary['gpu'] else 'process'}: {peak}.\n"
 
 
 def target_table(summary: dict[str, Any]) -> str:
@@ -144,6 +147,7 @@ def document(results: dict[str, dict[str, Any]], profiles: dict[str, Any], optio
     """BENCHMARKS.md."""
     w1 = results["w1"]
     packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "trl"))
+    machine = w1["gpu"] or f"{processor()}, {os.cpu_count()} cores"
     clock = "wall clock" if options.clock == "wall" else "processor time of the process"
     one, eight = (results[name]["stages"]["judge"]["ours_s"] for name in ALONE)
     growth = (eight - one) / 7 / one
@@ -161,9 +165,9 @@ def document(results: dict[str, dict[str, Any]], profiles: dict[str, Any], optio
     )
     return f"""# Benchmarks
 
-Written by `python benchmarks/run.py`; do not edit. Machine: {processor()}, {os.cpu_count()} cores; {packages};
+Written by `python benchmarks/run.py`; do not edit. Machine: {machine}; {packages};
 model {options.model}; {clock}, {options.threads or "all"} threads; medians of {options.repeats} x {options.steps}
-steps (w1; one step of the others), after a step that is not counted, sides in turns. bfloat16
+steps (w1; one step of the others), after {UNCOUNTED} steps that are not counted, sides in turns. bfloat16
 matrix products were measured at {w1["matmul_gflops"]:.0f} GFLOP/s.
 
 *Ours* is `RLMETrainer`. *TRL* is `GRPOTrainer` with a reward function as a careful user writes it: batched by length,
@@ -212,8 +216,9 @@ def main() -> None:
     parser.add_argument("--workload", choices=sorted(WORKLOADS), help="this one alone; BENCHMARKS.md stays as it is")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
     parser.add_argument("--model", default="builtin:smollm2-135m")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "BENCHMARKS.md", metavar="FILE")
     parser.add_argument(
-        "--steps", type=int, default=2, help="measured steps of each process on w1; one more runs first"
+        "--steps", type=int, default=2, help=f"measured steps of each process on w1; {UNCOUNTED} more run first"
     )
     parser.add_argument("--repeats", type=int, default=2, help="processes of each side")
     parser.add_argument("--threads", type=int, default=0, help="0: as torch chooses")
@@ -247,8 +252,8 @@ def main() -> None:
     if options.workload:
         print(stage_table(results[options.workload], sides_of(options.workload, alone=True)))
     else:
-        (HERE.parent / "BENCHMARKS.md").write_text(document(results, profiles, options))
-        print(f"wrote {HERE.parent / 'BENCHMARKS.md'}")
+        options.out.write_text(document(results, profiles, options))
+        print(f"wrote {options.out}")
 
 
 if __name__ == "__main__":

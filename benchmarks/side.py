@@ -21,7 +21,7 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
-from workloads import QUESTIONS, WORKLOADS, Workload
+from workloads import QUESTIONS, UNCOUNTED, WORKLOADS, Workload
 
 from rlme.evaluators.local import LocalEvaluator
 from rlme.judging import Judging
@@ -32,7 +32,10 @@ from rlme.templating import render
 from rlme.training.trainer import RLMETrainer
 
 STAGES = ("sample", "judge", "update")
-TOKEN_BUDGET = 2048  # tokens of one pass on our side: as fast as more, in less memory
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+# Tokens of one pass on our side: on a CPU 2048 are as fast as more, in less memory; a GPU wants the default.
+TOKEN_BUDGET = 8192 if GPU else 2048
 KINDS = {
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmm_"),
     "attention": ("aten::_scaled_dot_product", "aten::_flash_attention", "aten::_efficient_attention"),
@@ -115,7 +118,7 @@ def arguments(workload: Workload, folder: str, *, steps: int, micro_batch: int) 
         beta=0.0,
         learning_rate=2e-6,
         bf16=True,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=not GPU,
         gradient_checkpointing=False,
         scale_rewards="none",
         logging_steps=1,
@@ -163,7 +166,7 @@ def build(side: str, workload: Workload, model_name: str, folder: str, steps: in
     tokenizer = load_tokenizer(model_name)
     policy = load_model(model_name)
     copies = 0 if workload.live else workload.evaluators
-    evaluators = [load_model(model_name, dtype="bfloat16") for _ in range(copies)]
+    evaluators = [load_model(model_name, dtype="bfloat16").to(DEVICE) for _ in range(copies)]
     questions = list(QUESTIONS[: workload.questions])
     dataset = Dataset.from_list([{"prompt": messages} for messages in workload.messages(tokenizer)])
     for model in (policy, *evaluators):
@@ -206,6 +209,13 @@ def build(side: str, workload: Workload, model_name: str, folder: str, steps: in
     return trainer
 
 
+def wall() -> float:
+    """Seconds, once what a GPU was given is done."""
+    if GPU:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def matmul_rate(device: torch.device, clock: Any) -> float:
     """GFLOP/s of a bfloat16 product of the size of a transformer layer's."""
     a = torch.randn(2048, 1024, device=device, dtype=torch.bfloat16)
@@ -225,18 +235,18 @@ def main() -> None:
     parser.add_argument("--side", choices=("ours", "off", "peer"), required=True)
     parser.add_argument("--workload", choices=sorted(WORKLOADS), required=True)
     parser.add_argument("--model", default="builtin:smollm2-135m")
-    parser.add_argument("--steps", type=int, default=2, help="measured steps; one more runs before them")
+    parser.add_argument("--steps", type=int, default=2, help=f"measured steps; {UNCOUNTED} more run before them")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--profile", choices=STAGES, help="report where this stage's time goes; slows it down")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    clock = time.perf_counter if options.clock == "wall" else time.process_time
+    clock = wall if options.clock == "wall" else time.process_time
     workload = WORKLOADS[options.workload]
     with tempfile.TemporaryDirectory() as folder:
         stages = Stages(clock, options.profile)
-        trainer = build(options.side, workload, options.model, folder, options.steps + 1, stages)
+        trainer = build(options.side, workload, options.model, folder, options.steps + UNCOUNTED, stages)
         trainer.train()
     model = trainer.accelerator.unwrap_model(trainer.model)
     head = model.get_output_embeddings().weight.numel()
@@ -245,9 +255,10 @@ def main() -> None:
             {
                 "side": options.side,
                 "workload": options.workload,
-                "steps": stages.steps[1:],
+                "steps": stages.steps[UNCOUNTED:],
                 "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-                "peak_gpu_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0,
+                "peak_gpu_gib": torch.cuda.max_memory_allocated() / 2**30 if GPU else 0.0,
+                "gpu": torch.cuda.get_device_name() if GPU else None,
                 "body_weights": model.num_parameters() - head,
                 "matmul_gflops": matmul_rate(model.device, clock),
                 "threads": torch.get_num_threads(),

@@ -59,6 +59,7 @@ class Workload:
         return [[{"role": "user", "content": text}] for text in texts]
 
 
+UNCOUNTED = 2  # first steps of a process: the optimizer's state and the heap still grow in the second
 ALONE = ("w1-k1", "w1-k8")
 _SMALL = {"prompts": 1, "completion_tokens": 64}
 WORKLOADS = {

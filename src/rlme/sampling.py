@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from rlme.key_values import KeyValues
+from rlme.packed_linear import packed_linears
 from rlme.prompt_groups import PromptGroups, RoomyLayer, may_group, roomy_cache, step_inputs
 from rlme.tree_attention import causal_lm, device_of, evaluating
 
@@ -76,9 +77,10 @@ def sample(
     whatever the other rows do: each row draws from its own stream of uniform numbers (seed, prompt,
     completion). Temperature 0 is greedy and equals `generate`.
 
-    `dtype` (bfloat16, say) runs on cast weights, held beside the model's own for the length of the call. At
-    most `max_rows` completions are written at once. Dropout is off. `keep` takes the keys and values of what was
-    read and written, where the cache holds them whole (not for sliding windows).
+    `dtype` (bfloat16, say) runs on cast weights, held beside the model's own for the length of the call; on a CPU
+    bfloat16 weights are held once more (`rlme.packed_linear`). At most `max_rows` completions are written at once.
+    Dropout is off. `keep` takes the keys and values of what was read and written, where the cache holds them whole
+    (not for sliding windows).
 
     `on_finished(prompt, completion, sampled)` is called as soon as nothing will be added to a completion, while others
     are still written.
@@ -97,7 +99,7 @@ def sample(
     eos = torch.tensor(sorted(set(eos_token_ids)), dtype=torch.long)
     results = [[Sampled() for _ in range(count)] for count in counts]
     rows = [(p, c) for p, count in enumerate(counts) for c in range(count)]
-    with torch.no_grad(), evaluating(model), weights_in(model, dtype):
+    with torch.no_grad(), evaluating(model), weights_in(model, dtype), packed_linears(model):
         for start in range(0, len(rows), max_rows):
             batch = rows[start : start + max_rows]
             noise = np.stack([np.random.default_rng([seed, p, c]).random(max_new_tokens) for p, c in batch])
@@ -269,7 +271,9 @@ def _draw(scores: Tensor, uniform: Tensor, *, greedy: bool) -> tuple[Tensor, Ten
         tokens = scores.argmax(-1)
     else:
         # First a block of the vocabulary, then a token in it: one running sum over all of it is several times slower.
-        blocks = nn.functional.pad(probabilities, (0, -scores.shape[-1] % BLOCK)).view(len(scores), -1, BLOCK)
+        spare = -scores.shape[-1] % BLOCK
+        padded = nn.functional.pad(probabilities, (0, spare)) if spare else probabilities
+        blocks = padded.view(len(scores), -1, BLOCK)
         block, rest = _invert(blocks.sum(-1), uniform)
         inside, _ = _invert(blocks[torch.arange(len(block), device=block.device), block], rest)
         tokens = block * BLOCK + inside

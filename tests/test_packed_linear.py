@@ -1,0 +1,86 @@
+"""Packed weights of linear layers give what the layers give, to the last bit, and leave no trace."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from rlme import packed_linear
+from rlme.packed_linear import packed_linears
+from rlme.sampling import sample
+
+PROMPTS = [[40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51], [60, 61, 62], [70]]
+
+needs_packing = pytest.mark.skipif(not packed_linear._available(), reason="this PyTorch has no packed products")
+
+
+@needs_packing
+@pytest.mark.parametrize("rows", [(1,), (32, 1), (4, 112), (0,)], ids=str)
+@pytest.mark.parametrize(("inputs", "outputs", "bias"), [(64, 192, False), (33, 7, True)])
+def test_equal_to_linear(rows, inputs, outputs, bias):
+    layer = nn.Sequential(nn.Linear(inputs, outputs, bias=bias).bfloat16())
+    x = torch.randn(*rows, inputs).bfloat16()
+    with torch.no_grad():
+        expected = layer(x)
+        with packed_linears(layer):
+            assert "forward" in vars(layer[0])
+            assert torch.equal(layer(x), expected)
+    assert "forward" not in vars(layer[0])
+
+
+@needs_packing
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma3"])
+def test_samples_are_the_same(tiny_model_dirs, architecture, lora, monkeypatch):
+    """Tokens and log-probabilities, with biases (Qwen2), tied heads and adapters."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dirs[architecture])
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    options = {"max_new_tokens": 20, "eos_token_ids": [2], "dtype": torch.bfloat16}
+    packed = sample(model, PROMPTS, 4, **options)
+    assert not any("forward" in vars(module) for module in model.modules())
+    monkeypatch.setattr("rlme.sampling.packed_linears", lambda model: nullcontext())
+    assert packed == sample(model, PROMPTS, 4, **options)
+
+
+def test_what_is_not_a_plain_bfloat16_layer_is_left_alone():
+    class Own(nn.Linear):
+        pass
+
+    hooked = nn.Linear(8, 8).bfloat16()
+    hooked.forward = forward = lambda x: x
+    model = nn.ModuleList([nn.Linear(8, 8), Own(8, 8).bfloat16(), hooked])
+    with packed_linears(model):
+        assert not any("forward" in vars(module) for module in model[:2])
+        assert hooked.forward is forward
+    assert hooked.forward is forward
+
+
+@needs_packing
+def test_other_types_of_input_are_treated_as_without():
+    model = nn.Sequential(nn.Linear(8, 8).bfloat16())
+    x = torch.randn(3, 8)
+    with torch.no_grad(), packed_linears(model):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(x).dtype == torch.bfloat16
+        with pytest.raises(RuntimeError, match="dtype"):
+            model(x)
+
+
+@pytest.mark.parametrize("pack", [None, lambda weight: weight], ids=["missing", "failing"])
+def test_without_the_operator_layers_stay_as_they_are(pack, monkeypatch):
+    def missing(weight):
+        raise AttributeError("no such operator")
+
+    monkeypatch.setattr(packed_linear, "_pack", pack or missing)
+    monkeypatch.setattr(packed_linear, "_multiply", lambda x, packed, bias: (x @ packed.T) * 2)
+    packed_linear._available.cache_clear()
+    try:
+        layer = nn.Sequential(nn.Linear(8, 8).bfloat16())
+        with packed_linears(layer):
+            assert "forward" not in vars(layer[0])
+    finally:
+        packed_linear._available.cache_clear()
