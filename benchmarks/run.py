@@ -240,7 +240,10 @@ def main() -> None:
         runs: dict[str, dict[str, list[dict[str, Any]]]] = {}
         for name, _, side in plan:
             progress.update(task, description=f"{name}: {side}")
-            runs.setdefault(name, {}).setdefault(side, []).append(run_side(side, name, options))
+            done = run_side(side, name, options)
+            runs.setdefault(name, {}).setdefault(side, []).append(done)
+            seconds = ({stage: round(s, 1) for stage, s in step["seconds"].items()} for step in done["steps"])
+            progress.print(f"{name}, {SIDES[side]}:", *seconds)
             progress.advance(task)
         results = {name: summarise(sides) for name, sides in runs.items()}
         for stage in () if options.workload else STAGES[:3]:
