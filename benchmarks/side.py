@@ -37,7 +37,7 @@ DEVICE = torch.device("cuda" if GPU else "cpu")
 # Tokens of one pass on our side: on a CPU 2048 are as fast as more, in less memory; a GPU wants the default.
 TOKEN_BUDGET = 8192 if GPU else 2048
 KINDS = {
-    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmm_"),
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::_linear_pointwise"),
     "attention": ("aten::_scaled_dot_product", "aten::_flash_attention", "aten::_efficient_attention"),
     "copies and casts": ("aten::copy_", "aten::cat", "aten::index", "aten::gather", "aten::fill_", "aten::zero_"),
     "optimizer": ("aten::_fused_adam", "aten::_foreach", "aten::lerp_", "aten::addcdiv_", "aten::addcmul_"),
