@@ -39,10 +39,9 @@ FLOOR = ("matrix products", "attention")  # kinds of operation in a profile that
 NAMES = {"sample": "sampling", "judge": "judging", "update": "loss and update", "step": "whole step"}
 
 
-def run_side(side: str, workload: str, options: argparse.Namespace, *extra: str) -> dict[str, Any]:
+def run_side(side: str, workload: str, steps: int, options: argparse.Namespace, *extra: str) -> dict[str, Any]:
     """One process of `side.py`; its last line of output."""
     command = [sys.executable, str(HERE / "side.py"), "--side", side.removesuffix("_kept"), "--workload", workload]
-    steps = options.steps if workload == "w1" and "--profile" not in extra else 1
     command += ["--model", options.model, "--steps", str(steps), "--clock", options.clock, *extra]
     environment = dict(os.environ) | (KEPT if side.endswith("_kept") else {})
     if options.threads:
@@ -109,8 +108,9 @@ def stage_table(summary: dict[str, Any], sides: tuple[str, ...]) -> str:
 
 def target_table(summary: dict[str, Any], profiles: dict[str, Any]) -> str:
     """Markdown: targets, what was measured, and two bounds on what could be."""
-    head = ["stage", "target", "measured", "against TRL, memory kept", "with nothing but products and attention"]
-    lines = ["| " + " | ".join([*head, "most that the tokens allow"]) + " |", "|" + "---|" * (len(head) + 1)]
+    head = ["stage", "target", "measured", "against TRL, memory kept"]
+    head += ["with nothing but products and attention", "most that the tokens allow"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     needed, least = Counter[str](), Counter[str]()  # seconds
     for stage in STAGES:
         row = summary["stages"][stage]
@@ -243,7 +243,7 @@ def main() -> None:
         runs: dict[str, dict[str, list[dict[str, Any]]]] = {}
         for name, _, side in plan:
             progress.update(task, description=f"{name}: {side}")
-            done = run_side(side, name, options)
+            done = run_side(side, name, options.steps if name == "w1" else 1, options)
             runs.setdefault(name, {}).setdefault(side, []).append(done)
             seconds = ({stage: round(s, 1) for stage, s in step["seconds"].items()} for step in done["steps"])
             progress.print(f"{name}, {SIDES[side]}:", *seconds)
@@ -251,7 +251,7 @@ def main() -> None:
         results = {name: summarise(sides) for name, sides in runs.items()}
         for stage in () if options.workload else STAGES[:3]:
             progress.update(task, description=f"profile: {stage}")
-            profiles[stage] = run_side("ours", "w1", options, "--profile", stage)["profile"]
+            profiles[stage] = run_side("ours", "w1", 1, options, "--profile", stage)["profile"]
             progress.advance(task)
     if options.json:
         options.json.write_text(json.dumps({"workloads": results, "profiles": profiles}, indent=2) + "\n")

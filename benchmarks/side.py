@@ -33,7 +33,6 @@ from rlme.training.trainer import RLMETrainer
 
 STAGES = ("sample", "judge", "update")
 GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
 # Tokens of one pass on our side: on a CPU 2048 are as fast as more, in less memory; a GPU wants the default.
 TOKEN_BUDGET = 8192 if GPU else 2048
 KINDS = {
@@ -166,7 +165,7 @@ def build(side: str, workload: Workload, model_name: str, folder: str, steps: in
     tokenizer = load_tokenizer(model_name)
     policy = load_model(model_name)
     copies = 0 if workload.live else workload.evaluators
-    evaluators = [load_model(model_name, dtype="bfloat16").to(DEVICE) for _ in range(copies)]
+    evaluators = [load_model(model_name, dtype="bfloat16") for _ in range(copies)]
     questions = list(QUESTIONS[: workload.questions])
     dataset = Dataset.from_list([{"prompt": messages} for messages in workload.messages(tokenizer)])
     for model in (policy, *evaluators):
