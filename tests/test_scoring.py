@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 from trl.kernels import ChunkedLogProbFunction
 
-from rlme import scoring
+from rlme import lm_head, scoring
 from rlme.key_values import KeyValues
 from rlme.lm_head import LMHead, _BlockedLogProbs
 from rlme.sampling import sample
@@ -228,8 +228,10 @@ def test_lora_on_the_head_is_not_left_out(llama):
     assert values[0][0] == pytest.approx(logps.sum().item(), abs=1e-4)
 
 
+@pytest.mark.parametrize("tile_rows", [600, 256, 1], ids="tile of {} rows".format)
 @pytest.mark.parametrize(("softcap", "scale", "bias"), [(None, 1.0, True), (5.0, 1.3, False)])
-def test_blocked_head_equals_trl(softcap, scale, bias):
+def test_blocked_head_equals_trl(softcap, scale, bias, tile_rows, monkeypatch):
+    monkeypatch.setattr(lm_head, "TILE", tile_rows * 101)
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(shape, generator=generator).requires_grad_() for shape in ((600, 16), (101, 16), (101,))]
     hidden, weight, offset = tensors if bias else (*tensors[:2], None)
@@ -240,11 +242,33 @@ def test_blocked_head_equals_trl(softcap, scale, bias):
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours - theirs).abs().max() < 1e-4
     wanted = [t for t in (hidden, weight, offset) if t is not None]
-    ours, theirs = (
-        torch.autograd.grad((weights * a).sum() + (weights**2 * b).sum(), wanted) for a, b in (found, expected)
-    )
-    for a, b in zip(ours, theirs, strict=True):
-        assert (a - b).norm() / b.norm() < 1e-5
+    ours, theirs = ((weights * a).sum() + (weights**2 * b).sum() for a, b in (found, expected))
+    theirs = torch.autograd.grad(theirs, wanted)
+    for _ in range(2):  # the first pass takes the forward pass's last tile, the second makes it again
+        for a, b in zip(torch.autograd.grad(ours, wanted, retain_graph=True), theirs, strict=True):
+            assert (a - b).norm() / b.norm() < 1e-5
+
+
+def test_the_last_tile_is_computed_once(monkeypatch):
+    """One that the forward pass has left for the backward pass gives the same gradient as one made again."""
+    made = []
+
+    def tile(*args):
+        made.append(len(args[0]))
+        return make(*args)
+
+    make = lm_head._tile
+    monkeypatch.setattr(lm_head, "_tile", tile)
+    monkeypatch.setattr(lm_head, "TILE", 16 * 101)
+    hidden, weight = torch.randn(40, 16).requires_grad_(), torch.randn(101, 16).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        arguments = (hidden, weight, None, torch.arange(40), 0.7, 1.3, None, True)
+        total = sum(x.sum() for x in _BlockedLogProbs.apply(*arguments))
+    first = torch.autograd.grad(total, (hidden, weight), retain_graph=True)
+    assert made == [16, 16, 8, 16, 16]
+    second = torch.autograd.grad(total, (hidden, weight))
+    assert made[5:] == [8, 16, 16]
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 # -- property: any tree --

@@ -49,18 +49,21 @@ class _BlockedLogProbs(torch.autograd.Function):
         normaliser, entropy = torch.empty_like(logps), torch.zeros_like(logps)
         cast = weight.to(ctx.dtype)
         rows = max(BLOCK, TILE // len(cast))
+        tile: Tensor | None = None
         for first in range(0, len(hidden), rows):
+            tile = None  # there is room for one
             tile = _tile(hidden[first : first + rows].to(ctx.dtype), cast, bias)
             for start in range(0, len(tile), BLOCK):
                 block = slice(first + start, first + min(start + BLOCK, len(tile)))
-                z, _ = _scaled(tile[start : start + BLOCK].float(), *ctx.numbers)
+                z, _ = _scaled(tile[start : start + BLOCK].to(torch.float32, copy=True), *ctx.numbers)
                 picked = z.gather(1, targets[block, None])[:, 0]
                 logp = z.log_softmax(-1)
                 logps[block] = logp.gather(1, targets[block, None])[:, 0]
                 normaliser[block] = picked - logps[block]
                 if compute_entropy:
                     entropy[block] = -torch.linalg.vecdot(logp.exp(), logp)
-        ctx.cast, ctx.rows = cast, rows
+        # The backward pass begins where this one ends, with a tile: the last one waits for it, at no higher peak.
+        ctx.cast, ctx.rows, ctx.tile = cast, rows, tile
         ctx.save_for_backward(hidden, weight, bias, targets, normaliser, entropy)
         return logps, entropy if compute_entropy else None
 
@@ -71,10 +74,11 @@ class _BlockedLogProbs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight: Tensor | None = None
         grad_bias = torch.zeros_like(bias) if needs_bias else None
-        cast = ctx.cast
-        for first in range(0, len(hidden), ctx.rows):
+        cast, tile, ctx.tile = ctx.cast, ctx.tile, None
+        for first in reversed(range(0, len(hidden), ctx.rows)):
             chunk = hidden[first : first + ctx.rows].to(ctx.dtype)
-            tile = _tile(chunk, cast, bias)
+            if tile is None:
+                tile = _tile(chunk, cast, bias)
             for start in range(0, len(tile), BLOCK):
                 block = slice(first + start, first + min(start + BLOCK, len(tile)))
                 z, slope = _scaled(tile[start : start + BLOCK].float(), *ctx.numbers)
@@ -93,6 +97,7 @@ class _BlockedLogProbs(torch.autograd.Function):
                 grad_weight = product if grad_weight is None else grad_weight.add_(product)
             if grad_bias is not None:
                 grad_bias += tile.sum(0, dtype=torch.float32)
+            tile = None
         if needs_weight and grad_weight is None:  # no token at all
             grad_weight = torch.zeros_like(weight)
         return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
