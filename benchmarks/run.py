@@ -150,8 +150,10 @@ def document(results: dict[str, dict[str, Any]], profiles: dict[str, Any], optio
     packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "trl"))
     machine = w1["gpu"] or f"{processor()}, {os.cpu_count()} cores"
     clock = "wall clock" if options.clock == "wall" else "processor time of the process"
-    one, eight = (results[name]["stages"]["judge"]["ours_s"] for name in ALONE)
-    growth = (eight - one) / 7 / one
+    growth, words = (
+        (results[ALONE[1]]["stages"]["judge"][of] / results[ALONE[0]]["stages"]["judge"][of] - 1) / 7
+        for of in ("ours_s", "ours_tokens")
+    )
     kept, judged = w1["stages"]["step"], w1["stages"]["judge"]
     kinds = list(dict.fromkeys(kind for shares in profiles.values() for kind in shares))
     profile = ["| stage | " + " | ".join(kinds) + " |", "|" + "---|" * (1 + len(kinds))]
@@ -194,6 +196,7 @@ once, but every question's own words (and its label's) are new: {judged["ours_to
 of {judged["peer_tokens"]:,.0f}.
 
 A further question adds {100 * growth:.1f} % to the judging time of the first (w1 with 1 and 8); the target is 10 %.
+Its words and labels are {100 * words:.1f} % more tokens.
 
 ## What is left
 
