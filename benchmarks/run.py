@@ -150,10 +150,8 @@ def document(results: dict[str, dict[str, Any]], profiles: dict[str, Any], optio
     packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "trl"))
     machine = w1["gpu"] or f"{processor()}, {os.cpu_count()} cores"
     clock = "wall clock" if options.clock == "wall" else "processor time of the process"
-    growth, words = (
-        (results[ALONE[1]]["stages"]["judge"][of] / results[ALONE[0]]["stages"]["judge"][of] - 1) / 7
-        for of in ("ours_s", "ours_tokens")
-    )
+    one, eight = (results[name]["stages"]["judge"] for name in ALONE)
+    growth, words = ((eight[of] / one[of] - 1) / 7 for of in ("ours_s", "ours_tokens"))
     kept, judged = w1["stages"]["step"], w1["stages"]["judge"]
     kinds = list(dict.fromkeys(kind for shares in profiles.values() for kind in shares))
     profile = ["| stage | " + " | ".join(kinds) + " |", "|" + "---|" * (1 + len(kinds))]
