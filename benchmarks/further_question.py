@@ -1,0 +1,78 @@
+"""What one more question costs: the judging of w1's completions with 1 to 8 questions, in turns in one process.
+
+    python benchmarks/further_question.py --repeats 5
+
+The completions are sampled once; every count of questions judges the same ones. Prints one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+
+import torch
+from side import JUDGE_BUDGET, wall
+from workloads import QUESTIONS, WORKLOADS
+
+from rlme.evaluators.local import LocalEvaluator
+from rlme.judging import Judging, Sample, judge
+from rlme.models import load_model, load_tokenizer
+from rlme.questions import Question
+from rlme.sampling import sample
+
+COUNTS = (1, 2, 4, 8)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="builtin:smollm2-135m")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds; one more runs before them and is not counted")
+    parser.add_argument("--threads", type=int, default=0)
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    w1 = WORKLOADS["w1"]
+    tokenizer = load_tokenizer(options.model)
+    model = load_model(options.model, dtype="bfloat16")
+    contexts = [
+        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        for messages in w1.messages(tokenizer)
+    ]
+    groups = sample(
+        model,
+        [tokenizer(context, add_special_tokens=False)["input_ids"] for context in contexts],
+        w1.group,
+        max_new_tokens=w1.completion_tokens,
+        eos_token_ids=[tokenizer.eos_token_id],
+    )
+    samples = [
+        Sample(context, tokenizer.decode(drawn.ids, skip_special_tokens=True))
+        for context, group in zip(contexts, groups, strict=True)
+        for drawn in group
+    ]
+    evaluator = LocalEvaluator(model, tokenizer, chat=False, token_budget=JUDGE_BUDGET)
+
+    def judged(count: int) -> tuple[float, int]:
+        before, started = evaluator.tokens_computed, wall()
+        judge(samples, [Question(ask) for ask in QUESTIONS[:count]], [evaluator], Judging("paper", "marker"))
+        return wall() - started, evaluator.tokens_computed - before
+
+    rounds = [{count: judged(count) for count in COUNTS} for _ in range(1 + options.repeats)][1:]
+    result = {
+        str(count): {
+            "seconds": statistics.median(row[count][0] for row in rounds),
+            "tokens": rounds[0][count][1],
+            # What each question after the first adds, as a share of the first's: medians over rounds.
+            "added": statistics.median((row[count][0] / row[1][0] - 1) / (count - 1) for row in rounds if count > 1)
+            if count > 1
+            else None,
+            "added_tokens": (rounds[0][count][1] / rounds[0][1][1] - 1) / (count - 1) if count > 1 else None,
+        }
+        for count in COUNTS
+    }
+    print(json.dumps({"rounds": options.repeats, "questions": result}))
+
+
+if __name__ == "__main__":
+    main()
