@@ -1,6 +1,6 @@
 """What one more question costs: the judging of w1's completions with 1 to 8 questions, in turns in one process.
 
-    python benchmarks/further_question.py --repeats 5
+    python benchmarks/further_question.py --repeats 7
 
 The completions are sampled once; every count of questions judges the same ones. Prints one line of JSON.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
 
 import torch
 from side import JUDGE_BUDGET, wall
@@ -27,9 +28,11 @@ COUNTS = (1, 2, 4, 8)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="builtin:smollm2-135m")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds; one more runs before them and is not counted")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds; one more runs before them and is not counted")
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     options = parser.parse_args()
+    clock = wall if options.clock == "wall" else time.process_time
     if options.threads:
         torch.set_num_threads(options.threads)
     w1 = WORKLOADS["w1"]
@@ -54,24 +57,20 @@ def main() -> None:
     evaluator = LocalEvaluator(model, tokenizer, chat=False, token_budget=JUDGE_BUDGET)
 
     def judged(count: int) -> tuple[float, int]:
-        before, started = evaluator.tokens_computed, wall()
+        before, started = evaluator.tokens_computed, clock()
         judge(samples, [Question(ask) for ask in QUESTIONS[:count]], [evaluator], Judging("paper", "marker"))
-        return wall() - started, evaluator.tokens_computed - before
+        return clock() - started, evaluator.tokens_computed - before
 
     rounds = [{count: judged(count) for count in COUNTS} for _ in range(1 + options.repeats)][1:]
-    result = {
-        str(count): {
-            "seconds": statistics.median(row[count][0] for row in rounds),
-            "tokens": rounds[0][count][1],
-            # What each question after the first adds, as a share of the first's: medians over rounds.
-            "added": statistics.median((row[count][0] / row[1][0] - 1) / (count - 1) for row in rounds if count > 1)
-            if count > 1
-            else None,
-            "added_tokens": (rounds[0][count][1] / rounds[0][1][1] - 1) / (count - 1) if count > 1 else None,
-        }
-        for count in COUNTS
-    }
-    print(json.dumps({"rounds": options.repeats, "questions": result}))
+    questions: dict[int, dict[str, float | None]] = {}
+    for count in COUNTS:
+        added: dict[str, float | None] = {"added": None, "added_tokens": None}
+        if count > 1:  # what each question after the first adds, as a share of the first's
+            seconds, tokens = ([(row[count][of] / row[1][of] - 1) / (count - 1) for row in rounds] for of in (0, 1))
+            added = {"added": statistics.median(seconds), "added_tokens": tokens[0]}
+        took = statistics.median(row[count][0] for row in rounds)
+        questions[count] = {"seconds": took, "tokens": rounds[0][count][1], **added}
+    print(json.dumps({"rounds": options.repeats, "questions": questions}))
 
 
 if __name__ == "__main__":

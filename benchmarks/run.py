@@ -25,7 +25,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from workloads import ALONE, UNCOUNTED, WORKLOADS
+from workloads import UNCOUNTED, WORKLOADS
 
 HERE = Path(__file__).resolve().parent
 STAGES = ("sample", "judge", "update", "step")
@@ -40,10 +40,17 @@ NAMES = {"sample": "sampling", "judge": "judging", "update": "loss and update", 
 
 
 def run_side(side: str, workload: str, steps: int, options: argparse.Namespace, *extra: str) -> dict[str, Any]:
-    """One process of `side.py`; its last line of output."""
-    command = [sys.executable, str(HERE / "side.py"), "--side", side.removesuffix("_kept"), "--workload", workload]
-    command += ["--model", options.model, "--steps", str(steps), "--clock", options.clock, *extra]
-    environment = dict(os.environ) | (KEPT if side.endswith("_kept") else {})
+    """One process of `side.py`."""
+    arguments = ["--side", side.removesuffix("_kept"), "--workload", workload, "--steps", str(steps), *extra]
+    return run_script("side.py", arguments, options, KEPT if side.endswith("_kept") else {})
+
+
+def run_script(
+    name: str, arguments: list[str], options: argparse.Namespace, settings: dict[str, str]
+) -> dict[str, Any]:
+    """A script of this folder in a process of its own; its last line of output."""
+    command = [sys.executable, str(HERE / name), "--model", options.model, "--clock", options.clock, *arguments]
+    environment = dict(os.environ) | settings
     if options.threads:
         command += ["--threads", str(options.threads)]
         environment["OMP_NUM_THREADS"] = str(options.threads)
@@ -56,8 +63,6 @@ def run_side(side: str, workload: str, steps: int, options: argparse.Namespace, 
 
 def sides_of(name: str, *, alone: bool) -> tuple[str, ...]:
     """Who runs a workload; `alone`: it is the only one asked for."""
-    if name in ALONE:
-        return ("ours",)
     third = {} if alone else {"w1": "peer_kept", UNSHARED: "off"}
     return ("ours", "peer", *([third[name]] if name in third else ()))
 
@@ -137,6 +142,16 @@ def ratio_table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def question_table(questions: dict[str, dict[str, Any]]) -> str:
+    """Markdown: what judging takes with more questions about the same completions."""
+    head = ["questions", "judging, s", "tokens", "each after the first adds", "in tokens"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for count, row in questions.items():
+        added = ["" if row[of] is None else f"{100 * row[of]:.1f} %" for of in ("added", "added_tokens")]
+        lines.append("| " + " | ".join([count, f"{row['seconds']:.1f}", f"{row['tokens']:,}", *added]) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def processor() -> str:
     """The processor's name, where the system tells it."""
     info = Path("/proc/cpuinfo")
@@ -144,14 +159,14 @@ def processor() -> str:
     return (names or [platform.processor() or platform.machine()])[0]
 
 
-def document(results: dict[str, dict[str, Any]], profiles: dict[str, Any], options: argparse.Namespace) -> str:
+def document(
+    results: dict[str, dict[str, Any]], profiles: dict[str, Any], further: dict[str, Any], options: argparse.Namespace
+) -> str:
     """BENCHMARKS.md."""
     w1 = results["w1"]
     packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "trl"))
     machine = w1["gpu"] or f"{processor()}, {os.cpu_count()} cores"
     clock = "wall clock" if options.clock == "wall" else "processor time of the process"
-    one, eight = (results[name]["stages"]["judge"] for name in ALONE)
-    growth, words = ((eight[of] / one[of] - 1) / 7 for of in ("ours_s", "ours_tokens"))
     kept, judged = w1["stages"]["step"], w1["stages"]["judge"]
     kinds = list(dict.fromkeys(kind for shares in profiles.values() for kind in shares))
     profile = ["| stage | " + " | ".join(kinds) + " |", "|" + "---|" * (1 + len(kinds))]
@@ -162,7 +177,7 @@ def document(results: dict[str, dict[str, Any]], profiles: dict[str, Any], optio
         f"{w.completion_tokens} tokens each, {w.questions} questions to "
         f"{'the policy itself' if w.live else f'{w.evaluators} frozen copies'}"
         for name, w in WORKLOADS.items()
-        if name in results and name not in ALONE
+        if name in results
     )
     return f"""# Benchmarks
 
@@ -193,9 +208,12 @@ that the tokens allow*: the layers' products alone, at the whole measured matrix
 once, but every question's own words (and its label's) are new: {judged["ours_tokens"]:,.0f} tokens instead
 of {judged["peer_tokens"]:,.0f}.
 
-A further question adds {100 * growth:.1f} % to the judging time of the first (w1 with 1 and 8); the target is 10 %.
-Its words and labels are {100 * words:.1f} % more tokens.
+## A further question
 
+w1's completions judged with more and more questions, in turns in one process (`benchmarks/further_question.py`; medians
+of {further["rounds"]} rounds). The target: a further question adds at most 10 % to the time of the first.
+
+{question_table(further["questions"])}
 ## What is left
 
 Share of each stage's time on our side, by kind of operation (torch profiler):
@@ -207,7 +225,7 @@ could still remove.
 
 ## Other workloads: TRL's time over ours
 
-{ratio_table({name: summary for name, summary in results.items() if name not in ALONE})}
+{ratio_table(results)}
 {workloads}
 
 With sharing off, on {UNSHARED}:
@@ -232,6 +250,7 @@ def main() -> None:
     console = Console(stderr=True)
     results: dict[str, dict[str, Any]] = {}
     profiles: dict[str, Any] = {}
+    further: dict[str, Any] = {}
     plan = [
         (name, repeat, side)
         for name in chosen
@@ -240,7 +259,7 @@ def main() -> None:
     ]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        task = progress.add_task("", total=len(plan) + (0 if options.workload else 3))
+        task = progress.add_task("", total=len(plan) + ("w1" in chosen) + (0 if options.workload else 3))
         runs: dict[str, dict[str, list[dict[str, Any]]]] = {}
         for name, _, side in plan:
             progress.update(task, description=f"{name}: {side}")
@@ -250,16 +269,23 @@ def main() -> None:
             progress.print(f"{name}, {SIDES[side]}:", *seconds)
             progress.advance(task)
         results = {name: summarise(sides) for name, sides in runs.items()}
+        if "w1" in chosen:
+            progress.update(task, description="a further question")
+            further = run_script("further_question.py", [], options, {})
+            progress.advance(task)
         for stage in () if options.workload else STAGES[:3]:
             progress.update(task, description=f"profile: {stage}")
             profiles[stage] = run_side("ours", "w1", 1, options, "--profile", stage)["profile"]
             progress.advance(task)
+    measured = {"workloads": results, "further_question": further, "profiles": profiles}
     if options.json:
-        options.json.write_text(json.dumps({"workloads": results, "profiles": profiles}, indent=2) + "\n")
+        options.json.write_text(json.dumps(measured, indent=2) + "\n")
     if options.workload:
         print(stage_table(results[options.workload], sides_of(options.workload, alone=True)))
+        if further:
+            print(question_table(further["questions"]))
     else:
-        options.out.write_text(document(results, profiles, options))
+        options.out.write_text(document(results, profiles, further, options))
         print(f"wrote {options.out}")
 
 

@@ -60,14 +60,11 @@ class Workload:
 
 
 UNCOUNTED = 2  # first steps of a process: the optimizer's state and the heap still grow in the second
-ALONE = ("w1-k1", "w1-k8")
 _SMALL = {"prompts": 1, "completion_tokens": 64}
 WORKLOADS = {
     w.name: w
     for w in (
         Workload("w1"),
-        Workload("w1-k1", questions=1),  # these two: our side alone, for what a further question costs
-        Workload("w1-k8", questions=8),
         Workload("prompt-64", prompt_tokens=64, **_SMALL),
         Workload("prompt-1024", prompt_tokens=1024, **_SMALL),
         Workload("group-2", group=2, **_SMALL),
