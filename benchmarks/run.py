@@ -278,8 +278,8 @@ def main() -> None:
             progress.update(task, description=f"profile: {stage}")
             profiles[stage] = run_side("ours", "w1", 1, options, "--profile", stage)["profile"]
             progress.advance(task)
-    measured = {"workloads": results, "further_question": further, "profiles": profiles}
     if options.json:
+        measured = {"workloads": results, "further_question": further, "profiles": profiles}
         options.json.write_text(json.dumps(measured, indent=2) + "\n")
     if options.workload:
         print(stage_table(results[options.workload], sides_of(options.workload, alone=True)))
