@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 from trl.kernels import ChunkedLogProbFunction
 
-from rlme import lm_head, scoring
+from rlme import lm_head, scoring, tree_attention
 from rlme.key_values import KeyValues
 from rlme.lm_head import LMHead, _BlockedLogProbs
 from rlme.sampling import sample
@@ -226,6 +226,30 @@ def test_lora_on_the_head_is_not_left_out(llama):
     assert logps[0].tolist() == pytest.approx([expected[1, 7].item(), expected[2, 8].item()], abs=1e-4)
     values, _ = continuation_logprobs(model, [[5, 6]], [[[7, 8]]])
     assert values[0][0] == pytest.approx(logps.sum().item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("heads, kinds", [(4, 4), (6, 2), (5, 1)])
+@pytest.mark.parametrize("block", [1, 3 * 7 * 11, 1 << 20])
+def test_attention_by_products_equals_fused_attention(heads, kinds, block, monkeypatch):
+    monkeypatch.setattr(tree_attention, "BLOCK_SCORES", block)
+    draw = torch.Generator().manual_seed(0)
+    shapes = ((5, heads, 7, 8), (5, kinds, 11, 8), (5, kinds, 11, 8))
+    ours = [torch.randn(shape, generator=draw).requires_grad_() for shape in shapes]
+    fused = [x.detach().clone().requires_grad_() for x in ours]
+    mask = torch.zeros(5, 1, 7, 11).masked_fill(torch.rand((5, 1, 7, 11), generator=draw) < 0.4, float("-inf"))
+    mask[..., 0] = 0
+    kept = mask.clone()
+    results = (
+        tree_attention._attend_by_products(*ours, mask, 0.3),
+        torch.nn.functional.scaled_dot_product_attention(*fused, attn_mask=mask, scale=0.3, enable_gqa=True),
+    )
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(mask, kept)
+    weights = torch.randn(results[0].shape, generator=draw)
+    for result in results:
+        (result * weights).sum().backward()
+    for mine, other in zip(ours, fused, strict=True):
+        torch.testing.assert_close(mine.grad, other.grad)
 
 
 @pytest.mark.parametrize("tile_rows", [600, 256, 1], ids="tile of {} rows".format)

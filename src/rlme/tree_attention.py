@@ -28,6 +28,7 @@ PREFIX = "rlme_tree_"  # our attention over "sdpa" is registered as "rlme_tree_s
 TOLERANCE = 1e-3  # float32: largest difference of a token's log-probability, in nats
 LOW_PRECISION_TOLERANCE = 0.1  # bfloat16, float16, autocast: mean difference
 KEY_MULTIPLE = 16  # keys of a batch are filled up to it: PyTorch's fused attention on CPUs is 5 to 13 % faster for it
+BLOCK_SCORES = 1 << 20  # scores of plain products that exist at a time: about what caches of the second level hold
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -51,19 +52,18 @@ class TileBatch:
         self.keys = torch.from_numpy(keys).to(device).flatten()
         self.allowed = torch.from_numpy(allowed).to(device)
         self.positions = tuple(torch.from_numpy(positions[index]).to(device) for index in (queries, keys))
-        self.masks: dict[tuple[int | None, torch.dtype, int], Tensor] = {}
+        self.masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
 
-    def mask(self, window: int | None, dtype: torch.dtype, heads: int = 1) -> Tensor:
-        """[N, heads, Lq, Lk] additive mask (0 or -inf), made once and used by all layers with this window."""
-        key = window, dtype, heads
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """[N, 1, Lq, Lk] additive mask (0 or -inf), made once and used by all layers with this window."""
+        key = window, dtype
         if key not in self.masks:
             allowed = self.allowed
             if window is not None:
                 of_query, of_key = self.positions
                 allowed = allowed & (of_query[:, :, None] - of_key[:, None, :] < window)
             mask = torch.zeros(self.shape, dtype=dtype, device=allowed.device)
-            mask = mask.masked_fill_(~allowed, float("-inf"))[:, None]
-            self.masks[key] = mask.repeat(1, heads, 1, 1) if heads > 1 else mask
+            self.masks[key] = mask.masked_fill_(~allowed, float("-inf"))[:, None]
         return self.masks[key]
 
 
@@ -142,10 +142,9 @@ def tree_attention(
     # Rotary embeddings leave queries and keys in float32; under autocast attention computes in its dtype anyway.
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     query, key, value = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # [S, heads, d]
-    # On CPUs, PyTorch's fused attention differentiates bfloat16 at a tenth of the matrix rate; plain products and a
-    # softmax take a third of its time. Without gradients the gain is small, and fused scores are more exact.
+    # PyTorch's fused attention on CPUs takes bfloat16 at a quarter of the matrix rate, and its gradient at a tenth.
     on_cpu = kind == "cpu"
-    products = on_cpu and dtype == torch.bfloat16 and torch.is_grad_enabled() and dropout == 0
+    products = on_cpu and dtype == torch.bfloat16 and dropout == 0
     if not on_cpu and query.shape[1] != key.shape[1]:  # with a mask, fused GPU kernels want as many key heads
         key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
     outputs = []
@@ -155,7 +154,7 @@ def tree_attention(
         k = key.index_select(0, batch.keys).view(count, longest, *key.shape[1:]).transpose(1, 2)
         v = value.index_select(0, batch.keys).view(count, longest, *value.shape[1:]).transpose(1, 2)
         if products:
-            out = _attend_by_products(q, k, v, batch.mask(sliding_window, q.dtype, q.shape[1]), scaling)
+            out = _attend_by_products(q, k, v, batch.mask(sliding_window, q.dtype), scaling)
         else:
             out = nn.functional.scaled_dot_product_attention(
                 q,
@@ -171,18 +170,23 @@ def tree_attention(
 
 
 def _attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
-    """Softmax attention of `q`[N, H, Lq, d] over `k`, `v`[N, K, Lk, d]; the heads that share keys are one matrix."""
-    count, heads, widest, dim = q.shape
-    kinds, longest = k.shape[1], k.shape[2]
+    """Softmax attention of `q`[N, H, Lq, d] over `k`, `v`[N, K, Lk, d] by plain products. The heads that share keys are
+    one matrix; a few matrices are taken at a time, so that their scores stay in the cache."""
+    heads, widest, dim = q.shape[1:]
+    kinds, longest = k.shape[1:3]
     scale = dim**-0.5 if scaling is None else scaling
-    flat = (count * kinds, heads // kinds * widest)
-    scores = torch.baddbmm(
-        mask.view(*flat, longest),
-        q.reshape(*flat, dim),
-        k.reshape(count * kinds, longest, dim).transpose(1, 2),
-        alpha=scale,
-    )
-    return torch.bmm(scores.softmax(-1), v.reshape(count * kinds, longest, -1)).view(count, heads, widest, -1)
+    matrices = max(1, BLOCK_SCORES // (heads // kinds * widest * longest))
+    outputs = []
+    for q_tiles, k_tiles, v_tiles, allowed in zip(
+        *(x.split(max(1, matrices // kinds)) for x in (q, k, v, mask)), strict=True
+    ):
+        count = len(allowed)  # 1 where not all heads of a tile fit
+        flat = (x.reshape(count * kinds, -1, x.shape[3]) for x in (q_tiles, k_tiles, v_tiles))
+        for queries, keys, values in zip(*(x.split(count * min(kinds, matrices)) for x in flat), strict=True):
+            scores = allowed.repeat(1, len(keys) // count * (heads // kinds), 1, 1).view(len(keys), -1, longest)
+            weights = scores.baddbmm_(queries, keys.transpose(1, 2), alpha=scale).softmax(-1)
+            outputs.append(torch.bmm(weights, values))
+    return torch.cat(outputs).view(len(q), heads, widest, -1)
 
 
 class DecodingGroups(Protocol):
