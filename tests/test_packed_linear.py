@@ -26,7 +26,7 @@ needs_packing = pytest.mark.skipif(
 
 @needs_packing
 @pytest.mark.parametrize("rows", [(1,), (32, 1), (4, 112), (0,)], ids=str)
-@pytest.mark.parametrize(("inputs", "outputs", "bias"), [(64, 192, False), (33, 7, True)])
+@pytest.mark.parametrize(("inputs", "outputs", "bias"), [(64, 192, False), (33, 39, True)])
 def test_equal_to_linear(rows, inputs, outputs, bias):
     layer = nn.Sequential(nn.Linear(inputs, outputs, bias=bias).bfloat16())
     x = torch.randn(*rows, inputs).bfloat16()
@@ -56,18 +56,18 @@ def test_what_is_not_a_plain_bfloat16_layer_is_left_alone():
     class Own(nn.Linear):
         pass
 
-    hooked = nn.Linear(8, 8).bfloat16()
+    hooked = nn.Linear(8, 32).bfloat16()
     hooked.forward = forward = lambda x: x
-    model = nn.ModuleList([nn.Linear(8, 8), Own(8, 8).bfloat16(), hooked])
+    model = nn.ModuleList([nn.Linear(8, 32), Own(8, 32).bfloat16(), nn.Linear(8, 31).bfloat16(), hooked])
     with packed_linears(model):
-        assert not any("forward" in vars(module) for module in model[:2])
+        assert not any("forward" in vars(module) for module in model[:3])
         assert hooked.forward is forward
     assert hooked.forward is forward
 
 
 @needs_packing
 def test_other_types_of_input_are_treated_as_without():
-    model = nn.Sequential(nn.Linear(8, 8).bfloat16())
+    model = nn.Sequential(nn.Linear(8, 32).bfloat16())
     x = torch.randn(3, 8)
     with torch.no_grad(), packed_linears(model):
         with torch.autocast("cpu", torch.bfloat16):
@@ -85,7 +85,7 @@ def test_without_the_operator_layers_stay_as_they_are(pack, monkeypatch):
     monkeypatch.setattr(packed_linear, "_multiply", lambda x, packed, bias: (x @ packed.T) * 2)
     packed_linear._available.cache_clear()
     try:
-        layer = nn.Sequential(nn.Linear(8, 8).bfloat16())
+        layer = nn.Sequential(nn.Linear(8, 32).bfloat16())
         with packed_linears(layer):
             assert "forward" not in vars(layer[0])
     finally:

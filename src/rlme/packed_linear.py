@@ -2,7 +2,8 @@
 
 A product of a few rows with a bfloat16 weight spends a good part of its time on putting the weight into that order, at
 every call. While completions are sampled the weights do not change, so it is done once. The results are the same to
-the last bit; 32 rows of a 135M model sample 15 to 20 % faster.
+the last bit; 32 rows of a 135M model sample 15 to 20 % faster. Narrow layers (an adapter's rank) are left alone: there
+is nothing to gain, and PyTorch adds up products of up to 16 outputs in another order now and then.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+NARROW = 32  # outputs
+
 
 @contextmanager
 def packed_linears(model: nn.Module) -> Iterator[None]:
@@ -22,7 +25,7 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
     the weights' memory once more.
 
     Not to be entered where gradients are wanted or weights change. A layer whose forward pass is not `nn.Linear`'s
-    keeps it, and so do all where PyTorch has no such product.
+    keeps it, so does a narrow one, and so do all where PyTorch has no such product.
     """
     packed: list[nn.Linear] = []
     try:
@@ -38,7 +41,7 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
 
 
 def _packs(weight: Tensor) -> bool:
-    return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and _available()
+    return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and len(weight) >= NARROW and _available()
 
 
 @cache
