@@ -41,8 +41,12 @@ KINDS = {
     "matrix products": ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise"),
     # Batched products are attention's alone in these models; softmax is, but for drawing a token.
     "attention": (
-        *("aten::bmm", "aten::baddbmm", "aten::_softmax"),
-        *("aten::_scaled_dot_product", "aten::_flash_attention", "aten::_efficient_attention"),
+        "aten::bmm",
+        "aten::baddbmm",
+        "aten::_softmax",
+        "aten::_scaled_dot_product",
+        "aten::_flash_attention",
+        "aten::_efficient_attention",
     ),
     "copies and casts": ("aten::copy_", "aten::cat", "aten::index", "aten::gather", "aten::fill_", "aten::zero_"),
     "optimizer": ("aten::_fused_adam", "aten::_foreach", "aten::lerp_", "aten::addcdiv_", "aten::addcmul_"),

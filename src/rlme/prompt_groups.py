@@ -151,7 +151,7 @@ class PromptGroups:
             to_prompt.view(prompts, -1, to_prompt.shape[1], length).masked_fill_(self.hidden, float("-inf"))
         to_own = torch.bmm(query, key.flatten(0, 1).transpose(1, 2))
         to_own[..., self.own[layer].get_seq_length() :] = float("-inf")
-        weights = torch.cat([to_prompt, grouped(to_own)], -1).softmax(-1)
+        weights = torch.cat([to_prompt, grouped(to_own)], -1).softmax(-1).to(value.dtype)
         from_prompt = by_row(torch.bmm(weights[..., :length], prompt_values.flatten(0, 1)))
         from_own = torch.bmm(by_row(weights[..., length:]), value.flatten(0, 1))
         return (from_prompt + from_own).view(rows, 1, -1, width)
