@@ -1,9 +1,10 @@
-"""The cache of grouped sampling: a prompt's keys and values are held once, whatever number of rows continue it.
+"""The cache of grouped sampling: rows that continue prompts which were read once, and their attention.
 
-While R rows are written, each attends to its own prompt and to what it has written itself. Copying the prompt into
-every row's cache would hold and read it once per row; here all rows of a group read it together, as one matrix
-product, and a softmax over both parts joins the two. Where a model does not let us (`may_group`), every row gets its
-copy, in transformers' own cache.
+While R rows are written, each attends to its own prompt and to what it has written itself. A long prompt is held once
+for all its rows (`PromptGroups`): they read it together, as one matrix product, and a softmax over both parts joins the
+two. A short one is copied into every row's cache (`PromptCopies`): one product over prompt and own tokens then takes
+less time than two that have to be joined. Where a model lets us do neither (`may_attend`), every row gets its copy in
+transformers' own cache, and the model's own attention reads it, which on a CPU takes several times as long.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from transformers.cache_utils import DynamicLayer
 
 from rlme.tree_attention import device_of, difference, install, tree_unsupported_reason
 
-GROWTH = 64  # tokens of room added when a cache layer is full
-CHECK_TOKENS = 256  # a model's first use compares both ways on a prompt of at most this length
+GROWTH = 32  # tokens of room added when a cache layer is full: all of it is read at each step
+COPIED = 256  # tokens of a prompt up to which a copy for each row is faster (32 rows on a CPU: up to 400)
+CHECK_TOKENS = 256  # a model's first use compares all ways on a prompt of at most this length
 
 _checked: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
@@ -58,12 +60,12 @@ class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
 
 class _OwnLayer(RoomyLayer):
-    """What the rows of groups have written themselves, beside prompts `keys` and `values`[P, heads, L, d]."""
+    """What each of R rows has for itself, at first `keys` and `values`[R, heads, L, d]."""
 
-    def __init__(self, rows: int, keys: Tensor, values: Tensor) -> None:
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.lazy_initialization(keys, values)
-        self.keys, self.values = (x.new_empty((rows, x.shape[1], 0, x.shape[3])) for x in (keys, values))
+        self.keys, self.values = keys, values
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append, and return the whole room: products over a part of it would copy that part first."""
@@ -79,6 +81,61 @@ def roomy_cache(model: PreTrainedModel) -> DynamicCache:
     return cache
 
 
+def prompt_rows(cache: DynamicCache, mask: Tensor, prompt_of: Tensor) -> PromptGroups | PromptCopies:
+    """Let rows continue the prompts that `cache` has read, in the way that is faster for their length and number."""
+    long = mask.shape[1] > COPIED and len(prompt_of) > len(mask)
+    return (PromptGroups if long else PromptCopies)(cache, mask, prompt_of)
+
+
+class PromptCopies:
+    """R rows, each with its prompt and what it has written itself in one piece of cache.
+
+    `cache` has read the prompts, padded on the left; it is left with a copy for each row. `mask`[P, L] is 0 at padding.
+    `prompt_of`[R]: the prompt of each row.
+    """
+
+    def __init__(self, cache: DynamicCache, mask: Tensor, prompt_of: Tensor) -> None:
+        held = ((cast(Tensor, layer.keys), cast(Tensor, layer.values)) for layer in cache.layers)
+        self.own = [_OwnLayer(keys[prompt_of], values[prompt_of]) for keys, values in held]
+        cache.layers = list(self.own)
+        self.hidden = ~mask.bool()[prompt_of]
+        self._mask: tuple[Any, Tensor] | None = None
+
+    def select(self, stay: Tensor) -> None:
+        """Go on with these rows."""
+        self.hidden = self.hidden[stay]
+
+    def _additive(self, shape: tuple[int, int, int, int], held: int, dtype: torch.dtype) -> Tensor:
+        """[R * K, H/K, room]: -inf at padding and at room that is not written yet; made once for all layers."""
+        key = shape, held, dtype
+        if self._mask is None or self._mask[0] != key:
+            rows, kinds, _, room = shape
+            mask = torch.zeros((rows, 1, 1, room), dtype=dtype, device=self.hidden.device)
+            mask[..., : self.hidden.shape[1]].masked_fill_(self.hidden[:, None, None], float("-inf"))
+            mask[..., held:] = float("-inf")
+            self._mask = key, mask.expand(shape).reshape(rows * kinds, -1, room)
+        return self._mask[1]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+        """Attention of one token per row, `query`[R, H, 1, d], over `key`, `value`: the room of the layer,
+        [R, K, room, d], of which what is written counts.
+
+        Returns [R, 1, H, d]. The heads that share keys are one matrix.
+        """
+        rows, kinds, room, dim = key.shape
+        query = query.to(key.dtype).reshape(rows * kinds, -1, dim)
+        mask = self._additive((rows, kinds, query.shape[1], room), self.own[layer].get_seq_length(), query.dtype)
+        keys = key.flatten(0, 1).transpose(1, 2)
+        scores = torch.baddbmm(mask, query, keys, alpha=dim**-0.5 if scaling is None else scaling)
+        weights = scores.softmax(-1).to(value.dtype)
+        return torch.bmm(weights, value.flatten(0, 1)).view(rows, 1, -1, value.shape[3])
+
+    def whole(self, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [rows, K, L, d] of one layer."""
+        own = self.own[layer]
+        return own.keys[rows], own.values[rows]
+
+
 class PromptGroups:
     """P prompts that R rows continue: the prompts' keys and values, and who continues which.
 
@@ -90,7 +147,11 @@ class PromptGroups:
         # Without the room behind them, which products would copy them out of at each step.
         held = ((cast(Tensor, layer.keys), cast(Tensor, layer.values)) for layer in cache.layers)
         self.prompts = [(keys.contiguous(), values.contiguous()) for keys, values in held]
-        self.own = [_OwnLayer(len(prompt_of), *prompt) for prompt in self.prompts]
+        shapes = ((len(prompt_of), keys.shape[1], 0) for keys, _ in self.prompts)
+        self.own = [
+            _OwnLayer(*(x.new_empty((*shape, x.shape[3])) for x in prompt))
+            for shape, prompt in zip(shapes, self.prompts, strict=True)
+        ]
         cache.layers = list(self.own)
         self.mask = mask.bool()
         self._arrange(prompt_of)
@@ -166,8 +227,8 @@ class PromptGroups:
 
 
 @torch.no_grad()
-def may_group(model: PreTrainedModel, prompt: Sequence[int]) -> bool:
-    """Whether rows may share a prompt in this model's cache: reasons known beforehand, then both ways compared, once.
+def may_attend(model: PreTrainedModel, prompt: Sequence[int]) -> bool:
+    """Whether our attention may serve rows of this model: reasons known beforehand, then all ways compared, once.
 
     The model is as it will be used: in evaluation mode, with the weights it samples with.
     """
@@ -181,8 +242,8 @@ def may_group(model: PreTrainedModel, prompt: Sequence[int]) -> bool:
             reason = _disagreement(model, list(prompt)[-CHECK_TOKENS:])
             if reason is not None:
                 warnings.warn(
-                    f"{type(model).__name__}: every completion gets its own copy of the prompt in the cache (correct, "
-                    f"but slower): {reason}",
+                    f"{type(model).__name__}: every completion gets its own copy of the prompt in the cache, and the "
+                    f"model's own attention reads it (correct, but slower): {reason}",
                     stacklevel=2,
                 )
         _checked[model] = reason is None
@@ -190,29 +251,33 @@ def may_group(model: PreTrainedModel, prompt: Sequence[int]) -> bool:
 
 
 def _disagreement(model: PreTrainedModel, prompt: list[int]) -> str | None:
-    """Compare the log-probabilities after two different tokens behind one prompt, read at once and as a group."""
+    """Compare the log-probabilities after two different tokens behind one prompt, read at once and as rows of ours."""
     device = device_of(model)
     ends = torch.tensor([[prompt[0]], [prompt[-1]]], device=device)
     ids = torch.tensor([prompt], device=device)
     plain = model(input_ids=torch.cat([ids.expand(2, -1), ends], 1), use_cache=False).logits[:, -1]
-    cache = roomy_cache(model)
-    try:
-        model(input_ids=ids, past_key_values=cache, use_cache=True)
-        groups = PromptGroups(cache, torch.ones_like(ids), torch.zeros(2, dtype=torch.long, device=device))
-        logits = model(
-            input_ids=ends,
-            position_ids=torch.full_like(ends, len(prompt)),
-            past_key_values=cache,
-            use_cache=True,
-            **step_inputs(groups),
-        ).logits[:, -1]
-    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        return f"the pass in groups failed: {error}"
-    return difference(model, *(x.float().log_softmax(-1) for x in (plain, logits)))
+    for kind in (PromptCopies, PromptGroups):
+        cache = roomy_cache(model)
+        try:
+            model(input_ids=ids, past_key_values=cache, use_cache=True)
+            rows = kind(cache, torch.ones_like(ids), torch.zeros(2, dtype=torch.long, device=device))
+            logits = model(
+                input_ids=ends,
+                position_ids=torch.full_like(ends, len(prompt)),
+                past_key_values=cache,
+                use_cache=True,
+                **step_inputs(rows),
+            ).logits[:, -1]
+        except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            return f"the pass with our attention failed: {error}"
+        different = difference(model, *(x.float().log_softmax(-1) for x in (plain, logits)))
+        if different is not None:
+            return different
+    return None
 
 
-def step_inputs(groups: PromptGroups) -> dict[str, Any]:
-    """What a decoding step of a group is called with besides tokens and positions."""
+def step_inputs(rows: PromptGroups | PromptCopies) -> dict[str, Any]:
+    """What a decoding step of such rows is called with besides tokens and positions."""
     # A 4D mask is passed through as it is instead of a new one being built at each step; nothing reads it.
-    mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=groups.mask.device)
-    return {"attention_mask": mask, "prompt_groups": groups}
+    mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=rows.own[0].keys.device)
+    return {"attention_mask": mask, "decoding_rows": rows}

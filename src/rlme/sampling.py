@@ -1,8 +1,8 @@
 """Grouped sampling: each prompt is read once, its completions are written together, finished rows leave the
 batch.
 
-For machines where vLLM is not an option. Any causal model with a key-value cache works; where the model lets us, a
-prompt is held once in it for all its completions (`rlme.prompt_groups`).
+For machines where vLLM is not an option. Any causal model with a key-value cache works; where the model lets us, our
+attention reads the cache (`rlme.prompt_groups`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from transformers import (
 
 from rlme.key_values import KeyValues
 from rlme.packed_linear import packed_linears
-from rlme.prompt_groups import PromptGroups, RoomyLayer, may_group, roomy_cache, step_inputs
+from rlme.prompt_groups import RoomyLayer, may_attend, prompt_rows, roomy_cache, step_inputs
 from rlme.tree_attention import causal_lm, device_of, evaluating
 
 BLOCK = 256  # tokens of the vocabulary whose probabilities are summed first when one is drawn
@@ -186,7 +186,7 @@ def _sample_batch(
     ids = torch.tensor([[p[0]] * (longest - len(p)) + list(p) for p in unique], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in unique], device=device)
     cache = roomy_cache(model)
-    shared = len(unique) < len(prompts) and may_group(model, max(unique, key=len))
+    ours = may_attend(model, max(unique, key=len))
     logits = model(
         input_ids=ids,
         attention_mask=mask,
@@ -196,8 +196,8 @@ def _sample_batch(
         # An index instead of a slice: a head on a slice multiplies a copy of its weights for each row.
         logits_to_keep=torch.tensor([longest - 1], device=device),
     ).logits[:, -1]
-    groups = PromptGroups(cache, mask, copies) if shared else None
-    if groups is None:
+    continued = prompt_rows(cache, mask, copies) if ours else None
+    if continued is None:
         cache.batch_select_indices(copies)
     ids, mask, logits = ids[copies], mask[copies], logits[copies]
     positions = mask.sum(1)
@@ -213,8 +213,8 @@ def _sample_batch(
             return
 
         def read(number: int) -> tuple[Tensor, Tensor]:
-            if groups is not None:
-                return groups.whole(number, leaving)
+            if continued is not None:
+                return continued.whole(number, leaving)
             layer = cache.layers[number]
             return cast(Tensor, layer.keys)[leaving], cast(Tensor, layer.values)[leaving]
 
@@ -246,14 +246,14 @@ def _sample_batch(
             hold((~active).nonzero()[:, 0])
             stay = active.nonzero()[:, 0]
             cache.batch_select_indices(stay)
-            if groups is not None:
-                groups.select(stay)
+            if continued is not None:
+                continued.select(stay)
             rows, active, ids, mask, positions = (x[stay] for x in (rows, active, ids, mask, positions))
-        if groups is None:
+        if continued is None:
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         logits = model(
             input_ids=ids[:, -1:],
-            **({"attention_mask": mask} if groups is None else step_inputs(groups)),
+            **({"attention_mask": mask} if continued is None else step_inputs(continued)),
             position_ids=positions[:, None],
             past_key_values=cache,
             use_cache=True,

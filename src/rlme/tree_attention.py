@@ -189,8 +189,8 @@ def _attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: 
     return torch.cat(outputs).view(len(q), heads, widest, -1)
 
 
-class DecodingGroups(Protocol):
-    """Rows that continue prompts held once (`rlme.prompt_groups`): attention of one new token of each."""
+class DecodingRows(Protocol):
+    """Rows that continue prompts read once (`rlme.prompt_groups`): attention of one new token of each."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor: ...
 
@@ -205,18 +205,18 @@ def _dispatch(base: str) -> Any:
         value: Tensor,
         attention_mask: Tensor | None,
         tree_layout: TreeLayout | None = None,
-        prompt_groups: DecodingGroups | None = None,
+        decoding_rows: DecodingRows | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        if tree_layout is None and prompt_groups is None:
+        if tree_layout is None and decoding_rows is None:
             output: tuple[Tensor, Tensor | None] = attend_as_before(module, query, key, value, attention_mask, **kwargs)
             return output
         refused = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
         if refused or kwargs.get("is_causal") is False:
             raise NotImplementedError(f"attention with {', '.join(refused) or 'is_causal=False'}")
-        if prompt_groups is not None:
+        if decoding_rows is not None:
             layer = cast(int, module.layer_idx)
-            return prompt_groups.attend(layer, query, key, value, kwargs.get("scaling")), None
+            return decoding_rows.attend(layer, query, key, value, kwargs.get("scaling")), None
         names = ("dropout", "scaling", "sliding_window")
         options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
         return tree_attention(module, query, key, value, cast(TreeLayout, tree_layout), **options), None
