@@ -465,16 +465,20 @@ def test_sliding_windows_and_a_full_store_hold_nothing(tiny_model_dirs):
     assert small.tokens == 0
 
 
-def test_a_bfloat16_models_head_reads_as_exactly_as_float64(tiny_model_dirs):
-    """Its products may round factors to bfloat16 (they are), never the sums; the setting is put back."""
+def test_a_bfloat16_models_head_reads_almost_as_float64(tiny_model_dirs):
+    """Logits are rounded as differences from the one that is asked for, not as themselves: these are above 100."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dirs["llama"], dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
     hidden = (torch.randn(40, model.config.hidden_size, generator=generator) * 3).bfloat16()
+    weight = model.get_output_embeddings().weight.detach()
+    with torch.no_grad():
+        weight += 128 / hidden[:1].float().norm() ** 2 * hidden[:1].float()  # the same to all logits of a row
     targets = torch.randint(0, model.config.vocab_size, (40,), generator=generator)
-    settings = getattr(torch.backends.mkldnn, "matmul", None)  # torch 2.9 and later
-    before = getattr(settings, "fp32_precision", None)
+    logits = hidden.double() @ weight.double().t()
+    assert float(logits[0].min()) > 100
+    targets[0] = logits[0].argmax()  # which the others' rounding could hide
     found = LMHead(model).read(hidden, torch.arange(40), targets)
-    assert getattr(settings, "fp32_precision", None) == before
-    logits = hidden.double() @ model.get_output_embeddings().weight.detach().double().t()
     expected = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(found.double(), expected, atol=5e-3, rtol=4e-3)
+    plain = (hidden @ weight.t()).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    assert float((found - expected).abs().mean()) < 0.2 * float((plain - expected).abs().mean())

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -118,21 +117,6 @@ def _scaled(logits: Tensor, temperature: float, scale: float, softcap: float | N
     return bounded.mul_(softcap / temperature), slope
 
 
-@contextmanager
-def _bfloat16_factors(exact: bool) -> Iterator[None]:
-    """Inside, a CPU's float32 products may round their factors to bfloat16 and still add up in float32: nothing is
-    lost where `exact`, the factors being bfloat16 numbers, and there are units that multiply those twice as fast."""
-    settings: Any = getattr(torch.backends.mkldnn, "matmul", None)
-    if not exact or not hasattr(settings, "fp32_precision"):  # torch before 2.9
-        yield
-        return
-    before, settings.fp32_precision = settings.fp32_precision, "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
-
-
 class LMHead:
     """A model's LM head with what its architecture does to logits: scale, then soft cap.
 
@@ -174,16 +158,16 @@ class LMHead:
         """Float32 log-probability of `targets[N]` at `hidden[rows[N]]`; a row read for several targets is one
         row.
 
-        Logits are float32 also for a bfloat16 model: bfloat16 numbers near 20 are 0.1 apart.
+        Logits that are asked for are float32 also for a bfloat16 model: bfloat16 numbers near 20 are 0.1 apart. The
+        others, which only the normaliser needs, are computed as differences from these: rounding then costs at most
+        0.2 % of how far apart they are.
         """
         unique, back = torch.unique(rows.to(hidden.device), return_inverse=True)
         targets = targets.to(hidden.device)
         result = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        # An adapter on the head may multiply by float32 weights of its own.
-        exact = type(self.head) is nn.Linear and hidden.dtype == self.head.weight.dtype == torch.bfloat16
-        with self._gathered(), torch.autocast(hidden.device.type, enabled=False), _bfloat16_factors(exact):
+        with self._gathered(), torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(unique), ROW_CHUNK):
-                chunk = hidden.index_select(0, unique[start : start + ROW_CHUNK]).float()
+                chunk = hidden.index_select(0, unique[start : start + ROW_CHUNK])
                 mine = ((back >= start) & (back < start + ROW_CHUNK)).nonzero()[:, 0]
                 result[mine] = self._read_chunk(chunk, back[mine] - start, targets[mine])
         return result
@@ -194,18 +178,23 @@ class LMHead:
             logits = self._transform(self.head(hidden.to(parameter.dtype)).float())
             return logits[back, targets] - logits.logsumexp(-1)[back]
         weight, bias = self._weights()
-        normaliser = torch.full((len(hidden),), float("-inf"), device=hidden.device)
-        picked = torch.zeros(len(targets), device=hidden.device)
+        dtype = weight.dtype if hidden.dtype == weight.dtype else torch.float32
+        picked = (hidden.float()[back] * weight[targets].float()).sum(-1)
+        if bias is not None:
+            picked += bias[targets].float()
+        # The most likely of a row's targets, as a number that the products' dtype holds exactly.
+        reference = picked.new_full((len(hidden),), float("-inf")).scatter_reduce_(0, back, picked, "amax").to(dtype)
+        hidden = hidden.to(dtype)
+        normaliser = torch.full_like(reference, float("-inf"), dtype=torch.float32)
         for start in range(0, len(weight), VOCABULARY_CHUNK):
-            stop = min(start + VOCABULARY_CHUNK, len(weight))
-            part = None if bias is None else bias[start:stop].float()
-            logits = self._transform(nn.functional.linear(hidden, weight[start:stop].float(), part))
+            part = slice(start, start + VOCABULARY_CHUNK)
+            shift = -reference[:, None] if bias is None else bias[part].to(dtype) - reference[:, None]
+            difference = torch.addmm(shift, hidden, weight[part].to(dtype).t())
+            logits = self._transform(difference.float() + reference[:, None])
             # log sum exp, at a tenth of the time that `logsumexp` takes on a CPU
             part_sum = logits.amax(-1) - logits.log_softmax(-1).amax(-1)
             normaliser = torch.logaddexp(normaliser, part_sum)
-            here = (targets >= start) & (targets < stop)
-            picked = torch.where(here, logits[back, (targets - start).clamp(0, stop - start - 1)], picked)
-        return picked - normaliser[back]
+        return self._transform(picked) - normaliser[back]
 
     def logps(
         self, hidden: Tensor, targets: Tensor, temperature: float, compute_entropy: bool
