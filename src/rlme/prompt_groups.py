@@ -104,6 +104,7 @@ class PromptCopies:
     def select(self, stay: Tensor) -> None:
         """Go on with these rows."""
         self.hidden = self.hidden[stay]
+        self._mask = None
 
     def _additive(self, shape: tuple[int, int, int, int], held: int, dtype: torch.dtype) -> Tensor:
         """[R * K, H/K, room]: -inf at padding and at room that is not written yet; made once for all layers."""
