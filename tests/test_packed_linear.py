@@ -38,6 +38,25 @@ def test_equal_to_linear(rows, inputs, outputs, bias):
     assert "forward" not in vars(layer[0])
 
 
+@needs_packing
+@pytest.mark.parametrize("biases", [(False, False, False), (True, True, True), (True, False, True)], ids=str)
+def test_layers_with_the_same_input_are_one_product(biases, monkeypatch):
+    """Called in any order, with the same input or others; with and without biases they stay apart."""
+    shapes = zip(("q_proj", "k_proj", "v_proj"), (96, 32, 64), biases, strict=True)
+    layers = nn.ModuleDict({name: nn.Linear(64, width, bias=bias).bfloat16() for name, width, bias in shapes})
+    products = []
+    multiply = packed_linear._multiply
+    monkeypatch.setattr(packed_linear, "_multiply", lambda *args: products.append(1) or multiply(*args))
+    x, y = torch.randn(2, 4, 64).bfloat16(), torch.randn(3, 64).bfloat16()
+    with torch.no_grad():
+        calls = [(name, z) for z in (x, y, x) for name in ("v_proj", "q_proj", "k_proj")] + [("q_proj", y)]
+        expected = [layers[name](z) for name, z in calls]
+        with packed_linears(layers):
+            found = [layers[name](z) for name, z in calls]
+        assert len(products) == (4 if len(set(biases)) == 1 else len(calls))
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma3"])
 def test_samples_are_the_same(tiny_model_dirs, architecture, lora, monkeypatch):

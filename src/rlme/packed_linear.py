@@ -1,22 +1,25 @@
 """Linear layers for decoding on a CPU: their weights in the order in which oneDNN reads them.
 
 A product of a few rows with a bfloat16 weight spends a good part of its time on putting the weight into that order, at
-every call. While completions are sampled the weights do not change, so it is done once. The results are the same to
-the last bit; 32 rows of a 135M model sample 15 to 20 % faster. Narrow layers (an adapter's rank) are left alone: there
-is nothing to gain, and PyTorch adds up products of up to 16 outputs in another order now and then.
+every call. While completions are sampled the weights do not change, so it is done once. Layers that read the same input
+become one product, which for few rows takes less time than several. The results are the same to the last bit; 32 rows
+of a 135M model sample a quarter faster. Narrow layers (an adapter's rank) are left alone: there is nothing to gain,
+and PyTorch adds up products of up to 16 outputs in another order now and then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 NARROW = 32  # outputs
+# Names that transformers gives to layers that read the same input.
+JOINT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @contextmanager
@@ -29,18 +32,35 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
     """
     packed: list[nn.Linear] = []
     try:
-        for module in model.modules():
-            # Only the class itself: what derives from it may read the weight in ways of its own.
-            if type(module) is nn.Linear and "forward" not in vars(module) and _packs(module.weight):
-                module.forward = _packed_forward(module)  # type: ignore[assignment,method-assign]
-                packed.append(module)
+        for linears in _groups(model):
+            product = _Product(linears)
+            for place, linear in enumerate(linears):
+                linear.forward = partial(product.forward, place)  # type: ignore[method-assign]
+                packed.append(linear)
         yield
     finally:
-        for module in packed:
-            del module.forward
+        for linear in packed:
+            del linear.forward
 
 
-def _packs(weight: Tensor) -> bool:
+def _groups(model: nn.Module) -> Iterator[list[nn.Linear]]:
+    """The layers to pack, those together that read the same input."""
+    seen: set[nn.Module] = set()
+    for module in model.modules():
+        children = {name: child for name, child in module.named_children() if _packs(child)}
+        for names in (*JOINT, *((name,) for name in children)):
+            linears = [cast(nn.Linear, children[name]) for name in names if name in children]
+            biases = {linear.bias is None for linear in linears}
+            if len(linears) == len(names) and len(biases) == 1 and seen.isdisjoint(linears):
+                seen.update(linears)
+                yield linears
+
+
+def _packs(module: nn.Module) -> bool:
+    # Only the class itself: what derives from it may read the weight in ways of its own.
+    if type(module) is not nn.Linear or "forward" in vars(module):
+        return False
+    weight = module.weight
     return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and len(weight) >= NARROW and _available()
 
 
@@ -63,12 +83,26 @@ def _multiply(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], ""))
 
 
-def _packed_forward(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
-    packed = _pack(linear.weight)
+class _Product:
+    """One product for layers that read the same input: the first that is called with it computes what all make of it.
 
-    def forward(x: Tensor) -> Tensor:
+    Called with x[..., in] and the place of a layer, it returns that layer's output.
+    """
+
+    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+        weights: list[Tensor] = [linear.weight for linear in linears]
+        biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
+        self.linears = linears
+        self.packed = _pack(torch.cat(weights) if len(weights) > 1 else weights[0])
+        self.bias = torch.cat(biases).detach() if biases else None
+        self.sizes = [len(weight) for weight in weights]
+        self.latest: tuple[Tensor, Sequence[Tensor]] | None = None  # an input, and every layer's output
+
+    def forward(self, place: int, x: Tensor) -> Tensor:
         if x.dtype != torch.bfloat16:  # autocast's to convert, or an error to be told in PyTorch's words
-            return nn.functional.linear(x, linear.weight, linear.bias)
-        return _multiply(x, packed, linear.bias)
-
-    return forward
+            return nn.functional.linear(x, self.linears[place].weight, self.linears[place].bias)
+        if len(self.linears) == 1:
+            return _multiply(x, self.packed, self.bias)
+        if self.latest is None or self.latest[0] is not x:
+            self.latest = x, _multiply(x, self.packed, self.bias).split(self.sizes, -1)
+        return self.latest[1][place]
