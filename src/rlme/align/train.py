@@ -19,7 +19,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from rlme.align.config import AlignConfig, DPOStage, SFTStage
 from rlme.align.pairs import Pair
 from rlme.errors import InputError
-from rlme.memory import keep_freed_memory
+from rlme.memory import keep_freed_memory, prefer_huge_pages
 from rlme.models import default_device, fast_bfloat16
 
 Example = dict[str, Any]
@@ -141,6 +141,7 @@ disable_progress_bars()  # a bar for each of TRL's small steps would bury ours
 
 def _train(trainer: Any, tokenizer: Any, folder: Path, title: str) -> dict[str, float]:
     keep_freed_memory(trainer.accelerator.device)
+    prefer_huge_pages(trainer.accelerator.device)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     checkpoints = sorted((folder / "checkpoints").glob("checkpoint-*/trainer_state.json"), key=_step)

@@ -23,7 +23,7 @@ from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from rlme.key_values import KeyValues
-from rlme.memory import keep_freed_memory
+from rlme.memory import keep_freed_memory, prefer_huge_pages
 from rlme.reward import MetaReward, Row
 from rlme.sampling import Sampled, sample
 from rlme.scoring import completion_logps, plan_rows
@@ -84,6 +84,7 @@ class RLMETrainer(GRPOTrainer):
         self._sampled_logps: list[list[float]] | None = None
         super().__init__(model, reward_funcs=[reward], **trl_arguments)
         keep_freed_memory(self.accelerator.device)
+        prefer_huge_pages(self.accelerator.device)
 
     # -- data order -------------------------------------------------------------------------------------------------
 
