@@ -1,6 +1,7 @@
 """Packed weights of linear layers give what the layers give, to the last bit, and leave no trace."""
 
 import platform
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -55,6 +56,18 @@ def test_layers_with_the_same_input_are_one_product(biases, monkeypatch):
             found = [layers[name](z) for name, z in calls]
         assert len(products) == (4 if len(set(biases)) == 1 else len(calls))
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@needs_packing
+def test_one_product_holds_nothing_once_all_layers_are_served():
+    layers = nn.ModuleDict({name: nn.Linear(64, 32).bfloat16() for name in ("gate_proj", "up_proj")})
+    with torch.no_grad(), packed_linears(layers):
+        x = torch.randn(4, 64).bfloat16()
+        held = weakref.ref(x)
+        for layer in layers.values():
+            layer(x)
+        del x
+        assert held() is None
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])

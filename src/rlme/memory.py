@@ -12,7 +12,6 @@ import torch
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
 _MADV_HUGEPAGE = 14  # sys/mman.h
-_PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 _BLOCK = 2**29  # bytes; less than what the heap takes by itself
 _KEPT_UP_TO = (2**30, 2**25)  # bytes; older versions of glibc refuse more than the second
 
@@ -62,10 +61,11 @@ def prefer_huge_pages(device: torch.device) -> None:
         libc.malloc.argtypes = [ctypes.c_size_t]
         libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
         libc.free.argtypes = [ctypes.c_void_p]
+        page = os.sysconf("SC_PAGE_SIZE")
         blocks: list[int] = []
-        while len(blocks) * _BLOCK < os.sysconf("SC_PHYS_PAGES") * _PAGE // 2 and (block := libc.malloc(_BLOCK)):
+        while len(blocks) * _BLOCK < os.sysconf("SC_PHYS_PAGES") * page // 2 and (block := libc.malloc(_BLOCK)):
             blocks.append(block)
-            first = -(-block // _PAGE) * _PAGE
+            first = -(-block // page) * page
             libc.madvise(first, block + _BLOCK - first, _MADV_HUGEPAGE)
         for block in reversed(blocks):
             libc.free(block)  # freed, they stay the heap's

@@ -96,13 +96,17 @@ class _Product:
         self.packed = _pack(torch.cat(weights) if len(weights) > 1 else weights[0])
         self.bias = torch.cat(biases).detach() if biases else None
         self.sizes = [len(weight) for weight in weights]
-        self.latest: tuple[Tensor, Sequence[Tensor]] | None = None  # an input, and every layer's output
+        self.latest: tuple[Tensor, dict[int, Tensor]] | None = None  # an input, and what is not fetched yet
 
     def forward(self, place: int, x: Tensor) -> Tensor:
         if x.dtype != torch.bfloat16:  # autocast's to convert, or an error to be told in PyTorch's words
             return nn.functional.linear(x, self.linears[place].weight, self.linears[place].bias)
         if len(self.linears) == 1:
             return _multiply(x, self.packed, self.bias)
-        if self.latest is None or self.latest[0] is not x:
-            self.latest = x, _multiply(x, self.packed, self.bias).split(self.sizes, -1)
-        return self.latest[1][place]
+        if self.latest is None or self.latest[0] is not x or place not in self.latest[1]:
+            self.latest = x, dict(enumerate(_multiply(x, self.packed, self.bias).split(self.sizes, -1)))
+        outputs = self.latest[1]
+        output = outputs.pop(place)
+        if not outputs:  # long prompts are large in every layer: nothing of them is held longer than the model does
+            self.latest = None
+        return output
