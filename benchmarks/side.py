@@ -33,9 +33,8 @@ from rlme.training.trainer import RLMETrainer
 
 STAGES = ("sample", "judge", "update")
 GPU = torch.cuda.is_available()
-# Tokens of one pass on our side. On a CPU 2048 keep the update's memory low, no slower than more. Judging holds no
-# activations; from 4096 on, what a group shares is rarely computed twice. A GPU wants the default.
-TOKEN_BUDGET = 8192 if GPU else 2048
+# Tokens of one judging pass on our side. It holds no activations; from 4096 on, what a group shares is rarely computed
+# twice. A GPU wants the default, in training too.
 JUDGE_BUDGET = 8192 if GPU else 4096
 KINDS = {
     "matrix products": ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise"),
@@ -171,7 +170,9 @@ def peer_reward(models: list[Any], tokenizer: Any, questions: list[str], batch_s
     return reward
 
 
-def build(side: str, workload: Workload, model_name: str, folder: str, steps: int, stages: Stages) -> Any:
+def build(
+    side: str, workload: Workload, model_name: str, folder: str, steps: int, stages: Stages, peer_batch: int
+) -> Any:
     tokenizer = load_tokenizer(model_name)
     policy = load_model(model_name)
     copies = 0 if workload.live else workload.evaluators
@@ -184,8 +185,8 @@ def build(side: str, workload: Workload, model_name: str, folder: str, steps: in
     trainer: Any
     rows = workload.prompts * workload.group
     if side == "peer":
-        # TRL's default batch of 8 rows, in training and in judging: much more does not fit into a laptop's memory.
-        batch = min(8, rows)
+        batch = min(peer_batch, rows)
+        # Judging holds no activations: 8 to 16 rows are the fastest on two cores.
         reward = peer_reward(evaluators or [policy], tokenizer, questions, batch_size=8)
         trainer = GRPOTrainer(
             policy,
@@ -209,7 +210,7 @@ def build(side: str, workload: Workload, model_name: str, folder: str, steps: in
                 share_prefixes=share,
             ),
             share_prefixes=share,
-            token_budget=TOKEN_BUDGET,
+            token_budget=8192 if GPU else workload.token_budget,
             args=arguments(workload, folder, steps=steps, micro_batch=rows if share else min(8, rows)),
             **common,
         )
@@ -245,6 +246,7 @@ def main() -> None:
     parser.add_argument("--workload", choices=sorted(WORKLOADS), required=True)
     parser.add_argument("--model", default="builtin:smollm2-135m")
     parser.add_argument("--steps", type=int, default=2, help=f"measured steps; {UNCOUNTED} more run before them")
+    parser.add_argument("--peer-batch", type=int, default=8, help="rows of one training pass on TRL's side")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--profile", choices=STAGES, help="report where this stage's time goes; slows it down")
@@ -255,7 +257,9 @@ def main() -> None:
     workload = WORKLOADS[options.workload]
     with tempfile.TemporaryDirectory() as folder:
         stages = Stages(clock, options.profile)
-        trainer = build(options.side, workload, options.model, folder, options.steps + UNCOUNTED, stages)
+        trainer = build(
+            options.side, workload, options.model, folder, options.steps + UNCOUNTED, stages, options.peer_batch
+        )
         trainer.train()
     model = trainer.accelerator.unwrap_model(trainer.model)
     head = model.get_output_embeddings().weight.numel()

@@ -43,6 +43,8 @@ class Workload:
     completion_tokens: int = 96
     questions: int = 3
     evaluators: int = 1
+    # Tokens of one training pass on our side, on a CPU: a few times a prompt, few enough to keep memory low.
+    token_budget: int = 2048
     live: bool = False  # the policy itself judges, with its current weights, instead of frozen copies
 
     def messages(self, tokenizer: Any) -> list[list[dict[str, str]]]:
@@ -64,7 +66,7 @@ _SMALL = {"prompts": 1, "completion_tokens": 64}
 WORKLOADS = {
     w.name: w
     for w in (
-        Workload("w1"),
+        Workload("w1", token_budget=1024),  # holds the group of one prompt; as fast as 2048
         Workload("prompt-64", prompt_tokens=64, **_SMALL),
         Workload("prompt-1024", prompt_tokens=1024, **_SMALL),
         Workload("group-2", group=2, **_SMALL),
