@@ -273,6 +273,15 @@ def test_blocked_head_equals_trl(softcap, scale, bias, tile_rows, monkeypatch):
             assert (a - b).norm() / b.norm() < 1e-5
 
 
+def test_autocast_leaves_the_entropy_in_float32():
+    hidden, weight = torch.randn(20, 32), torch.randn(5000, 32) / 2
+    with torch.autocast("cpu", torch.bfloat16):
+        logps, entropy = _BlockedLogProbs.apply(hidden, weight, None, torch.arange(20), 1.0, 1.0, None, True)
+    plain = (hidden.bfloat16() @ weight.bfloat16().t()).double().log_softmax(-1)
+    assert (logps - plain.diagonal()).abs().max() < 1e-4
+    assert (entropy + (plain.exp() * plain).sum(-1)).abs().max() < 1e-4
+
+
 def test_the_last_tile_is_computed_once(monkeypatch):
     """One that the forward pass has left for the backward pass gives the same gradient as one made again."""
     made = []
