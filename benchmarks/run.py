@@ -34,7 +34,7 @@ BARS = {"sample": 1.5, "judge": 6.0, "update": 3.0, "step": 3.5}
 UNSHARED = "questions-8"  # the workload that also runs with sharing off
 # What `rlme.memory.keep_freed_memory` sets, as its user would have to give it to another program.
 KEPT = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**63 - 1)}
-SMALL = 2  # rows of a training pass: of 1, 2, 4, 8, 16 and 32 the fastest for TRL on two cores
+SMALL = 2  # rows of a training pass: of 1, 2, 4, 8, 16 and 32 TRL's fastest update on two cores
 SIDES = {
     "ours": "ours",
     "peer": "TRL",
@@ -124,7 +124,8 @@ def stage_table(summary: dict[str, Any], sides: tuple[str, ...]) -> str:
 
 def target_table(summary: dict[str, Any], profiles: dict[str, Any]) -> str:
     """Markdown: targets, what was measured, and two bounds on what could be."""
-    head = ["stage", "target", "measured", *(f"against {SIDES[side]}" for side in ("peer_small", "peer_kept"))]
+    peers = sides_of("w1", alone=False)[1:]
+    head = ["stage", "target", "measured", *(f"against {SIDES[side]}" for side in peers[1:])]
     head += ["with nothing but products and attention", "most that the tokens allow"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     needed, least = Counter[str](), Counter[str]()  # seconds
@@ -135,8 +136,7 @@ def target_table(summary: dict[str, Any], profiles: dict[str, Any]) -> str:
             least[stage] = row["ours_s"] * row["ours_rate"]  # the same products at the whole matrix rate
         else:
             needed[stage], least[stage] = needed.total(), least.total()
-        cells = [NAMES[stage], str(BARS[stage])]
-        cells += [f"{row[f'{side}_ratio']:.2f}" for side in ("peer", "peer_small", "peer_kept")]
+        cells = [NAMES[stage], str(BARS[stage]), *(f"{row[f'{side}_ratio']:.2f}" for side in peers)]
         cells += [f"{row['peer_s'] / bound[stage]:.1f}" for bound in (needed, least)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -209,7 +209,7 @@ of the measured matrix-product rate that the transformer layers' arithmetic alon
 {stage_table(w1, sides_of("w1", alone=False))}
 *TRL* runs as it is installed, with its defaults. *TRL, {SMALL} rows* trains with
 `per_device_train_batch_size={SMALL}`: of 1, 2, 4, 8, 16 and 32 rows (`benchmarks/side.py --side peer --workload w1
---peer-batch N`) the fastest on two cores, and with little memory. Our training passes hold at most
+--peer-batch N`) the fastest update on two cores, and with little memory. Our training passes hold at most
 {WORKLOADS["w1"].token_budget:,} tokens.
 
 On Linux, the C library gives the memory of freed tensors back to the system and asks for it again, which is

@@ -33,9 +33,10 @@ from rlme.training.trainer import RLMETrainer
 
 STAGES = ("sample", "judge", "update")
 GPU = torch.cuda.is_available()
-# Tokens of one judging pass on our side. It holds no activations; from 4096 on, what a group shares is rarely computed
-# twice. A GPU wants the default, in training too.
-JUDGE_BUDGET = 8192 if GPU else 4096
+# Tokens of one pass on our side. A GPU wants the default; a CPU the workload's own in training. Judging holds no
+# activations: from 4096 on, what a group shares is rarely computed twice.
+GPU_BUDGET = 8192
+JUDGE_BUDGET = GPU_BUDGET if GPU else 4096
 KINDS = {
     "matrix products": ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise"),
     # Batched products are attention's alone in these models; softmax is, but for drawing a token.
@@ -210,7 +211,7 @@ def build(
                 share_prefixes=share,
             ),
             share_prefixes=share,
-            token_budget=8192 if GPU else workload.token_budget,
+            token_budget=GPU_BUDGET if GPU else workload.token_budget,
             args=arguments(workload, folder, steps=steps, micro_batch=rows if share else min(8, rows)),
             **common,
         )
