@@ -1,6 +1,6 @@
 """What one more question costs: the judging of w1's completions with 1 to 8 questions, in turns in one process.
 
-    python benchmarks/further_question.py --repeats 7
+    python benchmarks/further_question.py --repeats 15
 
 The completions are sampled once; every count of questions judges the same ones. Prints one line of JSON.
 """
@@ -28,7 +28,7 @@ COUNTS = (1, 2, 4, 8)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="builtin:smollm2-135m")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds; one more runs before them and is not counted")
+    parser.add_argument("--repeats", type=int, default=15, help="rounds; one more runs before them and is not counted")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     options = parser.parse_args()
