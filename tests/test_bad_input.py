@@ -96,6 +96,10 @@ CASES: dict[str, tuple[Change, list[str]]] = {
     "unknown TRL argument": (put("trl", {"warmup_stepz": 1}), ["trl.warmup_stepz", "warmup_steps"]),
     "TRL argument of ours": (put("trl", {"num_generations": 4}), ["trl.num_generations", "train.group_size"]),
     "all prompts too long": (put("data.max_prompt_tokens", 2), ["longer"]),
+    "misspelt LoRA module": (
+        put("lora", {"target_modules": ["q_prj"]}),
+        ["lora.target_modules", "q_prj", "q_proj"],
+    ),
     "wrong target": (put("questions", {"a": {"ask": "Is it?", "target": "MAYBE"}}), ["MAYBE", "YES"]),
 }
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import rlme.decoding
 import rlme.prompt_groups
-import rlme.sampling
 from rlme.key_values import KeyValues
 from rlme.models import load_model, load_tokenizer
 from rlme.prompt_groups import PromptCopies, PromptGroups, _disagreement, may_attend, roomy_cache, step_inputs
@@ -28,7 +28,7 @@ def copied(request, monkeypatch):
 def drawn(model, monkeypatch, *, ours, counts=(5, 3, 1, 2), **options):
     with monkeypatch.context() as patch:
         if not ours:
-            patch.setattr(rlme.sampling, "may_attend", lambda *args: False)
+            patch.setattr(rlme.decoding, "may_attend", lambda *args: False)
         return sample(model, PROMPTS, counts, eos_token_ids=ENDS, **options)
 
 

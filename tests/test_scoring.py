@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 from trl.kernels import ChunkedLogProbFunction
 
-from rlme import lm_head, scoring, tree_attention
+from rlme import forward, lm_head, tree_attention
 from rlme.key_values import KeyValues
 from rlme.lm_head import LMHead, _BlockedLogProbs
 from rlme.sampling import sample
@@ -402,14 +402,14 @@ def test_unsupported_settings_are_named(tiny_model_dirs):
 
 
 def test_the_self_check_catches_a_wrong_tree(llama, monkeypatch):
-    positions = scoring.TreeInputs
+    positions = forward.TreeInputs
 
     class Wrong(positions):
         def __init__(self, *args):
             super().__init__(*args)
             self.kwargs["position_ids"] = self.kwargs["position_ids"] * 3
 
-    monkeypatch.setattr(scoring, "TreeInputs", Wrong)
+    monkeypatch.setattr(forward, "TreeInputs", Wrong)
     contexts, continuations = requests()
     with pytest.warns(UserWarning, match="log-probabilities differ"):
         values, _ = continuation_logprobs(llama, contexts, continuations)

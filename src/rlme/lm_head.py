@@ -122,17 +122,18 @@ class LMHead:
     """A model's LM head with what its architecture does to logits: scale, then soft cap.
 
     The configuration keys are those of transformers 5.23 (Gemma 2 and 3: `final_logit_softcapping`; Cohere,
-    Granite, Falcon-H1 and others: a scale under different names).
+    Granite, Falcon-H1 and others: a scale under different names; RecurrentGemma and xLSTM: soft caps of other names).
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         config = model.config.get_text_config()
-        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+        self.softcap: float | None = next((cap for cap in (getattr(config, key, None) for key in caps) if cap), None)
         scales = [getattr(config, key, None) for key in ("logit_scale", "output_multiplier", "lm_head_multiplier")]
         self.scale: float = next((scale for scale in scales if scale is not None), 1.0)
         divisor = getattr(config, "logits_scaling", None)
-        if divisor is not None:
+        if divisor is not None and config.model_type != "minicpm3":  # which divides what it calls the head on
             self.scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
 
     def _gathered(self) -> AbstractContextManager[object]:
@@ -238,3 +239,21 @@ class LMHead:
         logps = (self._transform(self.head(hidden).float()) / temperature).log_softmax(-1)
         entropy = -(logps.exp() * logps).sum(-1)
         return logps.gather(-1, targets[:, None])[:, 0], entropy
+
+
+class WholeLogits:
+    """In place of `LMHead` where the logits are more than its projection: "hidden states" are then the logits."""
+
+    @torch.no_grad()
+    def read(self, logits: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+        """Float32 log-probability of `targets[N]` at `logits[rows[N]]`."""
+        unique, back = torch.unique(rows.to(logits.device), return_inverse=True)
+        return logits[unique].float().log_softmax(-1)[back, targets.to(logits.device)]
+
+    def logps(
+        self, logits: Tensor, targets: Tensor, temperature: float, compute_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities (and entropies) [N], float32, of `targets[N]` under `logits[N, V]`; differentiable."""
+        logps = (logits.float() / temperature).log_softmax(-1)
+        entropy = -(logps.exp() * logps).sum(-1) if compute_entropy else None
+        return logps.gather(-1, targets.to(logits.device)[:, None])[:, 0], entropy

@@ -53,9 +53,9 @@ class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.is_initialized = True
         return self.keys, self.values
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep (or repeat) these rows; they move out of the room."""
-        self.keys, self.values = self.keys[indices], self.values[indices]
+        self.keys, self.values = self.keys[beam_idx], self.values[beam_idx]
         self.room = None
 
 
@@ -271,14 +271,20 @@ def _disagreement(model: PreTrainedModel, prompt: list[int]) -> str | None:
             ).logits[:, -1]
         except PASS_ERRORS as error:
             return f"the pass with our attention failed: {error}"
-        expected, found = (x.float().log_softmax(-1) for x in (plain, logits))
-        # How far off a token drawn here would be: what is next to impossible carries most of the rounding.
-        likely = expected.exp()
-        off = torch.where(likely > 0, likely * (expected - found).abs(), 0).sum(-1)
-        different = difference(model, torch.zeros_like(off), off)
+        different = difference_of_draws(model, plain, logits)
         if different is not None:
             return different
     return None
+
+
+def difference_of_draws(model: PreTrainedModel, plain: Tensor, ours: Tensor) -> str | None:
+    """What is wrong with our logits [R, V], if tokens drawn from them differ from the plain ones by more than
+    rounding."""
+    expected, found = (x.float().log_softmax(-1) for x in (plain, ours))
+    # How far off a token drawn here would be: what is next to impossible carries most of the rounding.
+    likely = expected.exp()
+    off = torch.where(likely > 0, likely * (expected - found).abs(), 0).sum(-1)
+    return difference(model, torch.zeros_like(off), off)
 
 
 def step_inputs(rows: PromptGroups | PromptCopies) -> dict[str, Any]:

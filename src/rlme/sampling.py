@@ -1,8 +1,8 @@
 """Grouped sampling: each prompt is read once, its completions are written together, finished rows leave the
 batch.
 
-For machines where vLLM is not an option. Any causal model with a key-value cache works; where the model lets us, our
-attention reads the cache (`rlme.prompt_groups`).
+For machines where vLLM is not an option. Any causal model works (`rlme.decoding`); where the model lets us, our
+attention reads its cache (`rlme.prompt_groups`).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from rlme.decoding import begin, left_padded, mixes_lengths
 from rlme.key_values import KeyValues
 from rlme.packed_linear import packed_linears
-from rlme.prompt_groups import RoomyLayer, may_attend, prompt_rows, roomy_cache, step_inputs
 from rlme.tree_attention import causal_lm, device_of, evaluating
 
 BLOCK = 256  # tokens of the vocabulary whose probabilities are summed first when one is drawn
@@ -100,8 +100,7 @@ def sample(
     results = [[Sampled() for _ in range(count)] for count in counts]
     rows = [(p, c) for p, count in enumerate(counts) for c in range(count)]
     with torch.no_grad(), evaluating(model), weights_in(model, dtype), packed_linears(model):
-        for start in range(0, len(rows), max_rows):
-            batch = rows[start : start + max_rows]
+        for batch in _batches(causal_lm(model), prompts, rows, max_rows):
             noise = np.stack([np.random.default_rng([seed, p, c]).random(max_new_tokens) for p, c in batch])
 
             def finished(row: int, batch: list[tuple[int, int]] = batch) -> None:
@@ -142,6 +141,19 @@ class Nucleus(TopPLogitsWarper):
         return cast(torch.FloatTensor, scores.masked_fill(scores < last, self.filter_value))
 
 
+def _batches(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], rows: list[tuple[int, int]], max_rows: int
+) -> Iterator[list[tuple[int, int]]]:
+    """At most `max_rows` of the rows (prompt, completion) at a time, which may be written together."""
+    together = [rows]
+    if rows and not mixes_lengths(model, max(prompts, key=len)):
+        lengths = dict.fromkeys(len(prompts[p]) for p, _ in rows)
+        together = [[row for row in rows if len(prompts[row[0]]) == length] for length in lengths]
+    for some in together:
+        for start in range(0, len(some), max_rows):
+            yield some[start : start + max_rows]
+
+
 def _processors(
     temperature: float, top_p: float, top_k: int, min_p: float, repetition_penalty: float
 ) -> LogitsProcessorList:
@@ -178,48 +190,18 @@ def _sample_batch(
     """Complete R rows together, into `results`. `noise[R, max_new_tokens]` is uniform in [0, 1)."""
     device = device_of(model)
     eos, noise = eos.to(device), noise.to(device)
-    unique = list(dict.fromkeys(map(tuple, prompts)))
-    number = {prompt: i for i, prompt in enumerate(unique)}
-    copies = torch.tensor([number[tuple(prompt)] for prompt in prompts], device=device)
-    longest = max(map(len, unique))
-    # Left-padded with a token of the prompt itself, which a repetition penalty then finds nothing new in.
-    ids = torch.tensor([[p[0]] * (longest - len(p)) + list(p) for p in unique], device=device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in unique], device=device)
-    cache = roomy_cache(model)
-    ours = may_attend(model, max(unique, key=len))
-    logits = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-        past_key_values=cache,
-        use_cache=True,
-        # An index instead of a slice: a head on a slice multiplies a copy of its weights for each row.
-        logits_to_keep=torch.tensor([longest - 1], device=device),
-    ).logits[:, -1]
-    continued = prompt_rows(cache, mask, copies) if ours else None
-    if continued is None:
-        cache.batch_select_indices(copies)
-    ids, mask, logits = ids[copies], mask[copies], logits[copies]
-    positions = mask.sum(1)
+    ids = left_padded(prompts, device)
+    writing = begin(model, prompts)
+    logits = writing.logits
 
     rows = torch.arange(len(prompts), device=device)  # the row of `results` that each row of the batch writes
     active = torch.ones_like(rows, dtype=torch.bool)
-    if any(not isinstance(layer, RoomyLayer) for layer in cache.layers):
-        keep = None
 
     def hold(leaving: Tensor) -> None:
         """Keep the keys and values of these rows of the batch; their last token was never read."""
-        if keep is None:
-            return
-
-        def read(number: int) -> tuple[Tensor, Tensor]:
-            if continued is not None:
-                return continued.whole(number, leaving)
-            layer = cache.layers[number]
-            return cast(Tensor, layer.keys)[leaving], cast(Tensor, layer.values)[leaving]
-
-        members = [(prompts[row], results[row].ids[:-1]) for row in rows[leaving].tolist()]
-        keep.hold(len(cache.layers), read, members, longest)
+        if keep is not None:
+            members = [(prompts[row], results[row].ids[:-1]) for row in rows[leaving].tolist()]
+            writing.hold(keep, leaving, members)
 
     for step in range(noise.shape[1]):
         tokens, logprobs = _draw(
@@ -245,21 +227,9 @@ def _sample_batch(
         if count <= COMPACT_BELOW * len(rows):
             hold((~active).nonzero()[:, 0])
             stay = active.nonzero()[:, 0]
-            cache.batch_select_indices(stay)
-            if continued is not None:
-                continued.select(stay)
-            rows, active, ids, mask, positions = (x[stay] for x in (rows, active, ids, mask, positions))
-        if continued is None:
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        logits = model(
-            input_ids=ids[:, -1:],
-            **({"attention_mask": mask} if continued is None else step_inputs(continued)),
-            position_ids=positions[:, None],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        positions = positions + 1
+            writing.select(stay)
+            rows, active, ids = rows[stay], active[stay], ids[stay]
+        logits = writing.step(ids[:, -1])
 
 
 def _draw(scores: Tensor, uniform: Tensor, *, greedy: bool) -> tuple[Tensor, Tensor]:

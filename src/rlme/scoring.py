@@ -7,13 +7,10 @@ once; where they differ, sharing is off for that model from then on, with a warn
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -21,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlme.forward import forward_pass, head_of, plan_passes
 from rlme.key_values import KeyValues
-from rlme.lm_head import LMHead
-from rlme.prefix_tree import Ints, plan_packs, shared_length
+from rlme.lm_head import LMHead, WholeLogits
+from rlme.prefix_tree import Ints, shared_length
 from rlme.tree_attention import (
     PASS_ERRORS,
-    TreeInputs,
     causal_lm,
     device_of,
     difference,
@@ -40,77 +37,6 @@ CHECK_TOKENS = 512  # the first use of a model compares both paths on a sample o
 
 _checked: WeakKeyDictionary[PreTrainedModel, dict[bool, str | None]] = WeakKeyDictionary()
 _reusable: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
-
-
-@dataclass(frozen=True, slots=True)
-class Forward:
-    """One forward pass: `hidden[P, D]` before the LM head, `paths[i][t]`: where in it token t of sequence i
-    lies.
-    """
-
-    hidden: Tensor
-    paths: list[Ints]
-    tokens: int  # positions computed, padding included
-
-
-def _hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
-    """[B, T, D] hidden states before the LM head.
-
-    The wrapped model is called, so that DDP, PEFT and autocast see an ordinary forward; logits of no position
-    are asked for, and a hook picks up what the backbone returned.
-    """
-    inner = causal_lm(model)
-    if "logits_to_keep" in inspect.signature(inner.forward).parameters:
-        inputs["logits_to_keep"] = torch.empty(0, dtype=torch.long, device=inputs["input_ids"].device)
-    found: list[Tensor] = []
-    hook = inner.base_model.register_forward_hook(lambda module, args, output: found.append(output[0]))
-    try:
-        model(**inputs)
-    finally:
-        hook.remove()
-    return found[-1]
-
-
-def _forward(
-    model: nn.Module,
-    sequences: Sequence[Sequence[int]],
-    *,
-    share: bool,
-    known: KeyValues | None = None,
-    places: Sequence[Ints] = (),
-) -> Forward:
-    device = device_of(causal_lm(model))
-    if share:
-        tree = TreeInputs(sequences, device, known, places)
-        return Forward(_hidden_states(model, **tree.kwargs)[0], tree.paths, tree.tokens)
-    longest = max(map(len, sequences))
-    ids = np.zeros((len(sequences), longest), np.int64)
-    mask = np.zeros((len(sequences), longest), np.int64)
-    for i, sequence in enumerate(sequences):
-        ids[i, : len(sequence)], mask[i, : len(sequence)] = sequence, 1
-    hidden = _hidden_states(
-        model,
-        input_ids=torch.from_numpy(ids).to(device),
-        attention_mask=torch.from_numpy(mask).to(device),
-        use_cache=False,
-    )
-    paths = [i * longest + np.arange(len(sequence)) for i, sequence in enumerate(sequences)]
-    return Forward(hidden.flatten(0, 1), paths, ids.size)
-
-
-def _packs(
-    sequences: Sequence[Sequence[int]], token_budget: int, *, share: bool, known: Sequence[int] | None = None
-) -> list[list[int]]:
-    """Indices of the sequences of each forward pass; padded batches hold rows of similar length."""
-    if share:
-        return plan_packs(sequences, token_budget, known)
-    packs: list[list[int]] = []
-    for i in sorted(range(len(sequences)), key=lambda i: len(sequences[i])):
-        if packs and (len(packs[-1]) + 1) * len(sequences[i]) <= token_budget:
-            packs[-1].append(i)
-        else:
-            packs.append([i])
-    return packs
 
 
 @torch.no_grad()
@@ -154,6 +80,7 @@ def continuation_logprobs(
     computed = 0
     with evaluating(model):
         share = share and _may_share(model, sequences, gradient=False)
+        head = _head(model, sequences, share=share)
         places: list[Ints] = [np.empty(0, np.int64)] * len(sequences)
         if known is not None and not (known.tokens and share and sequences):
             known = None
@@ -162,7 +89,7 @@ def continuation_logprobs(
             first_read = [min(len(contexts[asked[a][0]]) for a in readers[n]) - 1 for n in range(len(sequences))]
             places = [p[:end] for p, end in zip(known.find(sequences), first_read, strict=True)]
             longest = max(range(len(sequences)), key=lambda n: len(places[n]))
-            if not _may_reuse(model, sequences[longest], known, places[longest]):
+            if not len(places[longest]) or not _may_reuse(model, sequences[longest], known, places[longest]):
                 known, places = None, [p[:0] for p in places]
         # The head reads the hidden states of all passes together: its weights are read (and cast) once.
         states: list[Tensor] = []
@@ -170,9 +97,9 @@ def continuation_logprobs(
         targets: list[int] = []
         spans: list[tuple[int, int]] = []
         kept = 0
-        for pack in _packs(sequences, token_budget, share=share, known=[len(p) for p in places]):
-            forward = _forward(
-                model, [sequences[n] for n in pack], share=share, known=known, places=[places[n] for n in pack]
+        for pack in plan_passes(sequences, token_budget, share=share, known=[len(p) for p in places]):
+            forward = forward_pass(
+                model, [sequences[n] for n in pack], head, share=share, known=known, places=[places[n] for n in pack]
             )
             computed += forward.tokens
             reads: list[int] = []
@@ -187,7 +114,6 @@ def continuation_logprobs(
             rows.extend((back + kept).tolist())
             kept += len(unique)
         if states:
-            head = LMHead(causal_lm(model))
             logprobs = head.read(torch.cat(states), torch.tensor(rows), torch.tensor(targets)).tolist()
             start = 0
             for a, stop in spans:
@@ -225,13 +151,13 @@ def completion_logps(
     sequences = [p + c[:-1] for p, c in zip(prompts, completions, strict=True)]
     share = share and _may_share(model, sequences, gradient=torch.is_grad_enabled())
     rows = range(len(sequences))
-    packs = [list(rows)] if token_budget is None else _packs(sequences, token_budget, share=share)
-    head = LMHead(causal_lm(model))
+    packs = [list(rows)] if token_budget is None else plan_passes(sequences, token_budget, share=share)
+    head = _head(model, sequences, share=share)
     filled: list[tuple[Tensor, Tensor | None]] = []
     where: list[Tensor] = []
     longest = max(map(len, completions), default=0)
     for pack in packs:
-        forward = _forward(model, [sequences[b] for b in pack], share=share)
+        forward = forward_pass(model, [sequences[b] for b in pack], head, share=share)
         reads = [
             path[len(prompts[b]) - 1 :][: len(completions[b])] for b, path in zip(pack, forward.paths, strict=True)
         ]
@@ -260,11 +186,18 @@ def plan_rows(
 ) -> list[list[int]]:
     """Split rows into packs of at most `token_budget` computed tokens, groups together where they fit."""
     pairs = zip(prompt_ids, completion_ids, strict=True)
-    return _packs([_as_tuple(p) + _as_tuple(c)[:-1] for p, c in pairs], token_budget, share=share)
+    return plan_passes([_as_tuple(p) + _as_tuple(c)[:-1] for p, c in pairs], token_budget, share=share)
 
 
 def _as_tuple(ids: Sequence[int] | Tensor) -> tuple[int, ...]:
     return tuple(ids.tolist() if isinstance(ids, Tensor) else ids)
+
+
+def _head(model: nn.Module, sequences: Sequence[Sequence[int]], *, share: bool) -> LMHead | WholeLogits:
+    """What reads the hidden states. With shared prefixes it has been compared together with them."""
+    if share or not sequences:
+        return LMHead(causal_lm(model))
+    return head_of(model, max(sequences, key=len)[:CHECK_TOKENS])
 
 
 def _may_share(model: nn.Module, sequences: Sequence[Sequence[int]], *, gradient: bool) -> bool:
@@ -275,10 +208,9 @@ def _may_share(model: nn.Module, sequences: Sequence[Sequence[int]], *, gradient
         reason = tree_unsupported_reason(model)
         if reason is None:
             install(model)
-            sample = _sample(sequences)
-            reason = _disagreement(model, sample, gradient=gradient) if sample else None
-            if not sample:
-                return True  # nothing is shared here, so nothing can be compared: ask again next time
+            if not sequences:
+                return True  # nothing can be compared: ask again next time
+            reason = _disagreement(model, _sample(sequences), gradient=gradient)
         known[gradient] = reason
         if reason is not None:
             warnings.warn(
@@ -291,16 +223,19 @@ def _may_share(model: nn.Module, sequences: Sequence[Sequence[int]], *, gradient
 def _may_reuse(model: nn.Module, sequence: Sequence[int], known: KeyValues, places: Ints) -> bool:
     """Whether held keys and values give what a whole pass gives: compared once for each model, on one sequence."""
     inner = causal_lm(model)
-    if inner not in _reusable and len(places):
+    if inner not in _reusable:
         head = LMHead(inner)
         logps = []
-        for held, where in ((None, places[:0]), (known, places)):
-            forward = _forward(model, [sequence], share=True, known=held, places=[where])
-            hidden = forward.hidden[forward.paths[0][len(places)] :]
-            # Any tokens serve for the comparison: those of the sequence's end.
-            rows = torch.arange(len(hidden))
-            logps.append(head.read(hidden, rows, torch.tensor(sequence[len(places) :])))
-        reason = difference(inner, *logps)
+        try:
+            for held, where in ((None, places[:0]), (known, places)):
+                forward = forward_pass(model, [sequence], head, share=True, known=held, places=[where])
+                hidden = forward.hidden[forward.paths[0][len(places)] :]
+                # Any tokens serve for the comparison: those of the sequence's end.
+                rows = torch.arange(len(hidden))
+                logps.append(head.read(hidden, rows, torch.tensor(sequence[len(places) :])))
+            reason = difference(inner, *logps)
+        except PASS_ERRORS as error:  # a cache of something else than keys and values, as in latent attention
+            reason = f"the pass with them failed: {error}"
         _reusable[inner] = reason is None
         if reason is not None:
             warnings.warn(
@@ -308,11 +243,11 @@ def _may_reuse(model: nn.Module, sequence: Sequence[int], known: KeyValues, plac
                 f"slower): {reason}",
                 stacklevel=3,
             )
-    return _reusable.get(inner, True)
+    return _reusable[inner]
 
 
 def _sample(sequences: Sequence[Sequence[int]]) -> list[Sequence[int]]:
-    """Two different sequences that share a prefix, cut to `CHECK_TOKENS`, or nothing where none do."""
+    """Two sequences that share a prefix, cut to `CHECK_TOKENS`: where none do, the longest one and another ending."""
     ordered = sorted({tuple(sequence) for sequence in sequences})
     best: list[Sequence[int]] = []
     most = 0
@@ -321,6 +256,11 @@ def _sample(sequences: Sequence[Sequence[int]]) -> list[Sequence[int]]:
         length = min(len(a), len(b), CHECK_TOKENS)
         if most < shared < length:
             best, most = [a[:length], b[:length]], shared
+    if not best:
+        longest = max(ordered, key=len)[:CHECK_TOKENS]
+        longest = longest if len(longest) > 1 else longest * 2
+        half = len(longest) // 2
+        best = [longest, longest[:half] + longest[half:][::-1]]
     return best
 
 
@@ -336,10 +276,11 @@ def _disagreement(model: nn.Module, sample: list[Sequence[int]], *, gradient: bo
         with torch.set_grad_enabled(differentiable), evaluating(model):
             plain = model(input_ids=tokens, use_cache=False).logits[:, :-1].float().log_softmax(-1)
             plain = plain.gather(-1, tokens[:, 1:, None])[..., 0].flatten()
-            forward = _forward(model, sample, share=True)
+            head = LMHead(inner)
+            forward = forward_pass(model, sample, head, share=True)
             where = torch.from_numpy(np.concatenate([path[:-1] for path in forward.paths])).to(device)
             hidden = forward.hidden.index_select(0, where)
-            ours, _ = LMHead(inner).logps(hidden, tokens[:, 1:].flatten(), 1.0, False)
+            ours, _ = head.logps(hidden, tokens[:, 1:].flatten(), 1.0, False)
         reason = difference(inner, plain, ours)
         if reason is not None:
             return reason

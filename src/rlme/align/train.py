@@ -19,6 +19,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from rlme.align.config import AlignConfig, DPOStage, SFTStage
 from rlme.align.pairs import Pair
 from rlme.errors import InputError
+from rlme.lora import lora_arguments
 from rlme.memory import keep_freed_memory, prefer_huge_pages
 from rlme.models import default_device, fast_bfloat16
 
@@ -42,7 +43,11 @@ def sft(config: AlignConfig, model: Any, tokenizer: Any, examples: Sequence[Exam
     arguments = _arguments(SFTConfig, settings, config.sft.trl, "sft.trl")
     data = Dataset.from_list(list(examples))
     trainer = SFTTrainer(
-        model, args=arguments, train_dataset=data, processing_class=tokenizer, peft_config=_lora(config)
+        model,
+        args=arguments,
+        train_dataset=data,
+        processing_class=tokenizer,
+        peft_config=lora_arguments(config.lora, model),
     )
     return _train(trainer, tokenizer, folder, "sft")
 
@@ -68,7 +73,11 @@ def dpo(config: AlignConfig, model: Any, tokenizer: Any, pairs: Sequence[Pair], 
         ]
     )
     trainer = DPOTrainer(
-        model, args=arguments, train_dataset=data, processing_class=tokenizer, peft_config=_lora(config)
+        model,
+        args=arguments,
+        train_dataset=data,
+        processing_class=tokenizer,
+        peft_config=lora_arguments(config.lora, model),
     )
     return _train(trainer, tokenizer, folder, "dpo")
 
@@ -120,20 +129,6 @@ def _arguments(kind: type[Any], settings: dict[str, Any], extra: dict[str, Any],
         return kind(**(settings | extra))
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(f"{where}: TRL does not accept these settings: {error}") from None
-
-
-def _lora(config: AlignConfig) -> Any:
-    if config.lora is None:
-        return None
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=config.lora.r,
-        lora_alpha=config.lora.alpha,
-        lora_dropout=config.lora.dropout,
-        target_modules=config.lora.target_modules,
-        task_type="CAUSAL_LM",
-    )
 
 
 disable_progress_bars()  # a bar for each of TRL's small steps would bury ours

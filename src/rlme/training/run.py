@@ -20,6 +20,7 @@ from rlme.errors import RunStopped
 from rlme.evaluators.build import STYLES, check_evaluator, make_judging, make_questions
 from rlme.evaluators.local import LocalEvaluator
 from rlme.judging import check_templates
+from rlme.lora import lora_arguments
 from rlme.models import load_model, load_tokenizer
 from rlme.training.build import (
     adopt,
@@ -35,7 +36,7 @@ from rlme.training.costs import Costs
 from rlme.training.display import Display
 from rlme.training.recorder import Recorder
 from rlme.training.run_folder import FORMAT, RunFolder
-from rlme.training.settings import lora_arguments, trl_arguments
+from rlme.training.settings import trl_arguments
 from rlme.training.trainer import RLMETrainer
 
 
@@ -64,6 +65,7 @@ def train(config: Config, console: Console, *, resume: RunFolder | None = None) 
     arguments = trl_arguments(config, folder, processes=int(os.environ.get("WORLD_SIZE", "1")))
     with console.status(f"loading {config.model.path}"):
         model = load_model(config.model.path, dtype=config.model.dtype, **loading)
+    adapter = lora_arguments(config.lora, model)
     specs = config.evaluators if questions or pairwise else []
     deferred = {"live"} | ({"frozen"} if config.lora else set())
     with console.status("loading the evaluators"):
@@ -93,7 +95,7 @@ def train(config: Config, console: Console, *, resume: RunFolder | None = None) 
         args=arguments,
         train_dataset=training_dataset(prompts, config),
         processing_class=tokenizer,
-        peft_config=lora_arguments(config),
+        peft_config=adapter,
     )
     adopt(reward, specs, trainer)
     checkpoint = None

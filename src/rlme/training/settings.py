@@ -112,19 +112,3 @@ def trl_arguments(config: Config, folder: RunFolder, *, processes: int = 1) -> G
         return GRPOConfig(**(settings | config.trl))
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(f"TRL does not accept these settings: {error}") from None
-
-
-def lora_arguments(config: Config) -> Any:
-    """PEFT's configuration, or None when all weights are trained."""
-    if config.lora is None:
-        return None
-    from peft import LoraConfig
-
-    lora = config.lora
-    return LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        task_type="CAUSAL_LM",
-    )

@@ -1,0 +1,148 @@
+"""One forward pass over a pack of sequences, and what turns its hidden states into log-probabilities.
+
+The hidden states are those that the LM head is called on, whatever a model does before it; the head itself multiplies
+nothing, its part is `rlme.lm_head`'s. Where that does not give the model's own logits, these are used.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlme.errors import InputError
+from rlme.key_values import KeyValues
+from rlme.lm_head import LMHead, WholeLogits
+from rlme.prefix_tree import Ints, plan_packs
+from rlme.tree_attention import PASS_ERRORS, TreeInputs, causal_lm, device_of, difference, evaluating
+
+_checked: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """One forward pass: `hidden[P, D]` before the LM head (`WholeLogits`: the logits), `paths[i][t]`: where in it
+    token t of sequence i lies.
+    """
+
+    hidden: Tensor
+    paths: list[Ints]
+    tokens: int  # positions computed, padding included
+
+
+def forward_pass(
+    model: nn.Module,
+    sequences: Sequence[Sequence[int]],
+    head: LMHead | WholeLogits,
+    *,
+    share: bool,
+    known: KeyValues | None = None,
+    places: Sequence[Ints] = (),
+) -> Forward:
+    """Compute the sequences in one pass: as one row of shared prefixes, or padded on the right."""
+    device = device_of(causal_lm(model))
+    if share:
+        tree = TreeInputs(sequences, device, known, places)
+        return Forward(_hidden_states(model, **tree.kwargs), tree.paths, tree.tokens)
+    longest = max(map(len, sequences))
+    ids = np.zeros((len(sequences), longest), np.int64)
+    mask = np.zeros((len(sequences), longest), np.int64)
+    for i, sequence in enumerate(sequences):
+        ids[i, : len(sequence)], mask[i, : len(sequence)] = sequence, 1
+    inputs = {
+        "input_ids": torch.from_numpy(ids).to(device),
+        "attention_mask": torch.from_numpy(mask).to(device),
+        "use_cache": False,
+    }
+    whole = isinstance(head, WholeLogits)
+    hidden = model(**inputs).logits.flatten(0, 1) if whole else _hidden_states(model, **inputs)
+    paths = [i * longest + np.arange(len(sequence)) for i, sequence in enumerate(sequences)]
+    return Forward(hidden, paths, ids.size)
+
+
+def _hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
+    """[B * T, D] hidden states that the LM head is called on.
+
+    The wrapped model is called, so that DDP, PEFT and autocast see an ordinary forward; a hook takes what comes to
+    the head and leaves it nothing to multiply. Raises `RuntimeError` where the model does not call its head.
+    """
+    found: list[Tensor] = []
+
+    def take(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        found.append(args[0])
+        return args[0].narrow(-2, 0, 0), *args[1:]
+
+    head: nn.Module | None = causal_lm(model).get_output_embeddings()  # type: ignore[no-untyped-call]
+    if head is None:
+        raise RuntimeError("the model has no LM head")
+    hook = head.register_forward_pre_hook(take)
+    try:
+        model(**inputs)
+    finally:
+        hook.remove()
+    if len(found) != 1:
+        raise RuntimeError(f"the model called its LM head {len(found)} times")
+    return found[0].reshape(-1, found[0].shape[-1])
+
+
+def plan_passes(
+    sequences: Sequence[Sequence[int]], token_budget: int, *, share: bool, known: Sequence[int] | None = None
+) -> list[list[int]]:
+    """Indices of the sequences of each forward pass; padded batches hold rows of similar length."""
+    if share:
+        return plan_packs(sequences, token_budget, known)
+    packs: list[list[int]] = []
+    for i in sorted(range(len(sequences)), key=lambda i: len(sequences[i])):
+        if packs and (len(packs[-1]) + 1) * len(sequences[i]) <= token_budget:
+            packs[-1].append(i)
+        else:
+            packs.append([i])
+    return packs
+
+
+def head_of(model: nn.Module, sequence: Sequence[int]) -> LMHead | WholeLogits:
+    """What reads the hidden states of padded passes: compared with the model's own logits, once, on a sequence.
+
+    Raises `InputError` for a model whose logits depend on what follows, or on padding.
+    """
+    inner = causal_lm(model)
+    if inner not in _checked:
+        with torch.no_grad(), evaluating(model):
+            ids = torch.tensor([list(sequence)], device=device_of(inner))
+            plain = model(input_ids=ids, use_cache=False).logits[0]
+            reason = _disagreement(model, sequence, plain, LMHead(inner))
+            if reason is not None:
+                wrong = _disagreement(model, sequence, plain, WholeLogits())
+                if wrong is not None:
+                    raise InputError(
+                        f"{type(inner).__name__}: the logits of a text depend on what follows it, or on padding "
+                        f"({wrong}); expected a causal language model (of BERT's kin: is_decoder=true in config.json)"
+                    )
+                warnings.warn(
+                    f"{type(inner).__name__}: logits of all positions are held at a time (correct, but with more "
+                    f"memory): our reading of its LM head does not give them: {reason}",
+                    stacklevel=3,
+                )
+        _checked[inner] = reason is None
+    return LMHead(inner) if _checked[inner] else WholeLogits()
+
+
+def _disagreement(model: nn.Module, sequence: Sequence[int], logits: Tensor, head: LMHead | WholeLogits) -> str | None:
+    """Compare `logits`[T, V] of a sequence with those read from a padded batch of it and of its first half."""
+    try:
+        rows = [sequence, sequence[: max(1, len(sequence) // 2)]]
+        passed = forward_pass(model, rows, head, share=False)
+        where = torch.from_numpy(np.concatenate(passed.paths)).to(logits.device)
+        plain = torch.cat([logits[: len(row)] for row in rows]).float().log_softmax(-1)
+        likely = plain.argmax(-1)
+        ours, _ = head.logps(passed.hidden.index_select(0, where), likely, 1.0, False)
+    except PASS_ERRORS as error:
+        return str(error)
+    return difference(causal_lm(model), plain.gather(-1, likely[:, None])[:, 0], ours)

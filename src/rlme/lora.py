@@ -1,0 +1,43 @@
+"""The adapter that a configuration asks for (PEFT), tried on the model's shape before anything is written."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from rlme.config import LoraConfig
+from rlme.errors import InputError
+
+
+def lora_arguments(lora: LoraConfig | None, model: PreTrainedModel) -> Any:
+    """PEFT's configuration, or None when all weights are trained.
+
+    Raises `InputError` where the model has no such modules, or PEFT cannot adapt them.
+    """
+    if lora is None:
+        return None
+    import peft
+
+    arguments = peft.LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    with torch.device("meta"):  # shapes without memory
+        skeleton = type(model)(copy.deepcopy(model.config))
+        try:
+            peft.get_peft_model(skeleton, copy.deepcopy(arguments))
+        except ValueError as error:
+            linear = (torch.nn.Linear, Conv1D)
+            names = {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, linear)}
+            raise InputError(
+                f"lora.target_modules: {lora.target_modules!r} does not fit {type(model).__name__}: {error} "
+                f"Expected 'all-linear', or some of {', '.join(sorted(names))}."
+            ) from None
+    return arguments
