@@ -238,8 +238,8 @@ Written by `python benchmarks/architectures.py` (torch {torch.__version__}, tran
 models with images or sound, the text part. Of {len(measured)} measured, {len(sharing)} share prefixes, {ours} of
 them also in sampling. *Difference*: the largest of a log-probability (loss, judging; nats) from a single forward over
 the whole text; gradients were compared too. *Greedy*: sampling at temperature 0 equals `generate`; or else, it picks
-the likeliest token of the whole text each time, and `generate` does not (it forces a last token for BART's kin, and
-counts positions differently from a plain forward for RoBERTa's).
+the likeliest token of the whole text each time, and `generate` does not (for example, it forces a last token for
+BART's kin, and counts positions differently from a plain forward for RoBERTa's).
 
 - Log-probabilities or gradients off by more than {ROUNDING:g}: {named(wrong) or "none"}.
 - Refused, because logits depend on what follows or on padding: {named(refused) or "none"}.
