@@ -34,41 +34,39 @@ LARGEST = 60_000_000  # parameters: a model above it was not made small
 ROUNDING = 1e-3  # nats, in float32
 TIMEOUT = 200  # seconds
 # What sizes are called in one configuration or another.
-SMALL: dict[str, int] = {
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 101),
-    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "embedding_size", "lru_width"), 32),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "shared_intermediate_size"), 48),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers"), 4),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 4),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "num_experts_per_tok", "linear_num_key_heads"), 2),
-    **dict.fromkeys(("head_dim", "kv_channels", "rotary_dim", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 8),
-    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "hidden_size_per_layer_input", "state_size"), 8),
-    **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size", "shared_expert_intermediate_size"), 16),
-    **dict.fromkeys(("max_position_embeddings", "n_positions"), 256),
-    **dict.fromkeys(("sliding_window", "attention_window_size"), 7),
-    **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace", "n_shared_experts", "bos_token_id"), 1),
-    **{"q_lora_rank": 16, "kv_lora_rank": 8, "linear_num_value_heads": 4, "encoder_layers": 4},
-    **{"encoder_attention_heads": 4, "pad_token_id": 0, "eos_token_id": 2, "mamba_d_state": 8},
-}
+SIZES: dict[int, tuple[str, ...]] = {
+    1: ("n_group", "topk_group", "first_k_dense_replace", "n_shared_experts", "bos_token_id"),
+    2: ("num_key_value_heads", "num_kv_heads", "num_experts_per_tok", "linear_num_key_heads", "eos_token_id"),
+    4: ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "encoder_layers",
+        "num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "encoder_attention_heads",
+        "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "linear_num_value_heads"),
+    7: ("sliding_window", "attention_window_size"),
+    8: ("head_dim", "kv_channels", "rotary_dim", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank",
+        "linear_key_head_dim", "linear_value_head_dim", "hidden_size_per_layer_input", "state_size", "mamba_d_state"),
+    16: ("moe_intermediate_size", "expert_ffn_hidden_size", "shared_expert_intermediate_size", "q_lora_rank"),
+    32: ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "embedding_size", "lru_width"),
+    48: ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "shared_intermediate_size"),
+    101: ("vocab_size", "vocab_size_per_layer_input"),
+    256: ("max_position_embeddings", "n_positions"),
+}  # fmt: skip
+SMALL = {name: size for size, names in SIZES.items() for name in names} | {"pad_token_id": 0}
 # What the sizes of some have to agree on, beyond their names.
 SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3], "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4},
     "dots1": {
-        **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 16},
-        **{"n_group": 1, "topk_group": 1},
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 16,
+        "n_group": 1, "topk_group": 1,
     },
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1},
     "gemma3n_text": {
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-        **{"num_kv_shared_layers": 0, "laurel_rank": 4, "activation_sparsity_pattern": [0.0] * 4},
+        "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 0, "laurel_rank": 4,
+        "activation_sparsity_pattern": [0.0] * 4,
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 7},
     "granitemoehybrid": {
-        "layer_types": ["mamba", "attention"] * 2,
-        **{"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1},
+        "layer_types": ["mamba", "attention"] * 2, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1,
     },
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
@@ -78,14 +76,14 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 8},
     "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
     "nemotron_h": {
-        "hybrid_override_pattern": "M*M-",
-        **{"mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1, "ssm_state_size": 8, "chunk_size": 8},
+        "hybrid_override_pattern": "M*M-", "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1,
+        "ssm_state_size": 8, "chunk_size": 8,
     },
     "zamba2": {
-        "layers_block_type": ["mamba", "hybrid"] * 2,
-        **{"n_mamba_heads": 4, "mamba_headdim": 16, "mamba_ngroups": 1, "chunk_size": 8, "num_mem_blocks": 1},
+        "layers_block_type": ["mamba", "hybrid"] * 2, "n_mamba_heads": 4, "mamba_headdim": 16, "mamba_ngroups": 1,
+        "chunk_size": 8, "num_mem_blocks": 1,
     },
-}
+}  # fmt: skip
 TEXT_APART = "its text model is an architecture of its own"  # which is measured
 TEXT = list(range(30, 51))
 PROMPTS = [TEXT, TEXT, TEXT[:20], list(range(60, 73))]
@@ -104,14 +102,11 @@ def small_config(name: str) -> PreTrainedConfig:
     sizes: dict[str, Any] = {
         k: v for k, v in SMALL.items() if keys.get(k) is not None or (k in keys and k == "sliding_window")
     }
-    if keys.get("num_key_value_heads") == keys.get("num_attention_heads"):
-        sizes.pop("num_key_value_heads", None)
-        sizes |= {"num_key_value_heads": 4} if keys.get("num_key_value_heads") else {}
+    if "num_key_value_heads" in sizes and keys["num_key_value_heads"] == keys.get("num_attention_heads"):
+        sizes["num_key_value_heads"] = SMALL["num_attention_heads"]
     kinds = list(dict.fromkeys(keys.get("layer_types") or []))
-    if kinds:
+    if kinds and name not in SPECIAL:
         sizes["layer_types"] = (kinds * 4)[:4]
-    if name in SPECIAL:
-        sizes.pop("layer_types", None)
     config = kind(**(sizes | SPECIAL.get(name, {})))
     if hasattr(config, "is_decoder"):
         config.is_decoder = True

@@ -35,7 +35,7 @@ _ways: WeakKeyDictionary[PreTrainedModel, Literal["padded", "even", "whole"]] = 
 class CachedRows:
     """R rows that begin with `prompts`, each different one read once. `ours`: with our attention (`may_attend`).
 
-    `logits`[R, V] are those of the next token.
+    `logits`[R, V] are those of the next token, also after each `step`.
     """
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, ours: bool) -> None:
@@ -61,17 +61,18 @@ class CachedRows:
         self.ours = prompt_rows(self.cache, mask, copies) if ours else None
         if self.ours is None:
             self.cache.reorder_cache(cast(torch.LongTensor, copies))
-        self.logits, self.mask = logits[copies], mask[copies]
+        self.logits: Tensor = logits[copies]
+        self.mask = mask[copies]
         self.positions = self.mask.sum(1)
 
-    def step(self, tokens: Tensor) -> Tensor:
-        """Append one token to each row, `tokens`[R]; the logits [R, V] of the next."""
+    def step(self, tokens: Tensor) -> None:
+        """Append one token to each row, `tokens`[R]."""
         if self.ours is not None:
             inputs = step_inputs(self.ours)
         else:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
             inputs = {} if self.states else {"attention_mask": self.mask}
-        logits: Tensor = self.model(
+        self.logits = self.model(
             input_ids=tokens[:, None],
             **inputs,
             position_ids=self.positions[:, None],
@@ -79,10 +80,9 @@ class CachedRows:
             logits_to_keep=1,
         ).logits[:, -1]
         self.positions = self.positions + 1
-        return logits
 
     def select(self, stay: Tensor) -> None:
-        """Go on with these rows."""
+        """Go on with these rows, from the next step on."""
         self.cache.reorder_cache(cast(torch.LongTensor, stay))
         if self.ours is not None:
             self.ours.select(stay)
@@ -104,7 +104,10 @@ class CachedRows:
 
 
 class RecomputedRows:
-    """R rows that begin with `prompts`, read from their beginning at each step, padded on the right."""
+    """R rows that begin with `prompts`, read from their beginning at each step, padded on the right.
+
+    `logits`[R, V] are those of the next token, also after each `step`.
+    """
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> None:
         self.model = model
@@ -119,14 +122,14 @@ class RecomputedRows:
         logits: Tensor = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return logits[torch.arange(len(ids), device=device), lengths - 1]
 
-    def step(self, tokens: Tensor) -> Tensor:
-        """Append one token to each row, `tokens`[R]; the logits [R, V] of the next."""
+    def step(self, tokens: Tensor) -> None:
+        """Append one token to each row, `tokens`[R]."""
         for row, token in zip(self.rows, tokens.tolist(), strict=True):
             row.append(token)
-        return self._read()
+        self.logits = self._read()
 
     def select(self, stay: Tensor) -> None:
-        """Go on with these rows."""
+        """Go on with these rows, from the next step on."""
         self.rows = [self.rows[i] for i in stay.tolist()]
 
     def hold(self, keep: KeyValues, leaving: Tensor, members: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
@@ -185,9 +188,12 @@ def _disagreement(model: PreTrainedModel, rows: list[list[int]]) -> str | None:
     stay = torch.tensor([2, 1], device=device_of(model))
 
     def steps(writing: CachedRows | RecomputedRows) -> Tensor:
-        logits = [writing.logits, writing.step(first)]
+        logits = [writing.logits]
+        writing.step(first)
+        logits.append(writing.logits)
         writing.select(stay)
-        return torch.cat([*logits, writing.step(second[stay])])
+        writing.step(second[stay])
+        return torch.cat([*logits, writing.logits])
 
     expected = steps(RecomputedRows(model, rows))
     try:

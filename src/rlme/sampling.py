@@ -192,8 +192,6 @@ def _sample_batch(
     eos, noise = eos.to(device), noise.to(device)
     ids = left_padded(prompts, device)
     writing = begin(model, prompts)
-    logits = writing.logits
-
     rows = torch.arange(len(prompts), device=device)  # the row of `results` that each row of the batch writes
     active = torch.ones_like(rows, dtype=torch.bool)
 
@@ -205,12 +203,12 @@ def _sample_batch(
 
     for step in range(noise.shape[1]):
         tokens, logprobs = _draw(
-            processors(cast(torch.LongTensor, ids), logits.float()), noise[rows, step], greedy=greedy
+            processors(cast(torch.LongTensor, ids), writing.logits.float()), noise[rows, step], greedy=greedy
         )
         ids = torch.cat([ids, tokens[:, None]], 1)
         ended = torch.isin(tokens, eos)
         if stop is not None:
-            ended |= stop(ids, logits)
+            ended |= stop(ids, writing.logits)
         drawn = zip(*(x.tolist() for x in (rows, active, tokens, logprobs, ended)), strict=True)
         for row, is_active, token, logprob, has_ended in drawn:
             if is_active:
@@ -229,7 +227,7 @@ def _sample_batch(
             stay = active.nonzero()[:, 0]
             writing.select(stay)
             rows, active, ids = rows[stay], active[stay], ids[stay]
-        logits = writing.step(ids[:, -1])
+        writing.step(ids[:, -1])
 
 
 def _draw(scores: Tensor, uniform: Tensor, *, greedy: bool) -> tuple[Tensor, Tensor]:
