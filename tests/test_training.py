@@ -96,13 +96,15 @@ def test_live_judging_does_not_compute_again_what_sampling_did(
         monkeypatch.setattr("rlme.training.trainer.KeyValues", lambda limit=limit: KeyValues(limit))
         (tmp_path / name).mkdir()
         judging = {"template": "paper", "readout": "marker"}
-        train(str(write_config(tmp_path / name, tiny_policy_dir, judging=judging)))
+        # Small steps: what rounding differs in is not to become another sign in Adam's first ones.
+        steps = {"learning_rate": 1e-5}
+        train(str(write_config(tmp_path / name, tiny_policy_dir, judging=judging, train=steps)))
         runs.append(read_metrics(tmp_path / name / "run"))
     for reused, computed in zip(*runs, strict=True):
         assert reused["tokens/judged"] < computed["tokens/judged"]
         for key, value in computed.items():
             if not key.startswith(("time", "tokens", "memory")):
-                assert reused[key] == pytest.approx(value, abs=1e-4), key
+                assert reused[key] == pytest.approx(value, abs=2e-5), key
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])

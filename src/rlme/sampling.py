@@ -7,6 +7,7 @@ attention reads its cache (`rlme.prompt_groups`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -189,52 +190,57 @@ def _sample_batch(
 ) -> None:
     """Complete R rows together, into `results`. `noise[R, max_new_tokens]` is uniform in [0, 1)."""
     device = device_of(model)
-    eos, noise = eos.to(device), noise.to(device)
+    # Apple's GPUs have no float64: tokens are chosen on the CPU there.
+    eos, noise = eos.to(device), noise.to("cpu" if device.type == "mps" else device)
     ids = left_padded(prompts, device)
     writing = begin(model, prompts)
-    rows = torch.arange(len(prompts), device=device)  # the row of `results` that each row of the batch writes
-    active = torch.ones_like(rows, dtype=torch.bool)
+    rows = list(range(len(prompts)))  # the entry of `results` that each row of the batch writes
+    active = [True] * len(rows)
 
-    def hold(leaving: Tensor) -> None:
+    def hold(leaving: list[int]) -> None:
         """Keep the keys and values of these rows of the batch; their last token was never read."""
         if keep is not None:
-            members = [(prompts[row], results[row].ids[:-1]) for row in rows[leaving].tolist()]
-            writing.hold(keep, leaving, members)
+            members = [(prompts[rows[i]], results[rows[i]].ids[:-1]) for i in leaving]
+            writing.hold(keep, torch.tensor(leaving, device=device), members)
 
     for step in range(noise.shape[1]):
         tokens, logprobs = _draw(
-            processors(cast(torch.LongTensor, ids), writing.logits.float()), noise[rows, step], greedy=greedy
+            processors(cast(torch.LongTensor, ids), writing.logits.float()), noise[:, step], greedy=greedy
         )
         ids = torch.cat([ids, tokens[:, None]], 1)
         ended = torch.isin(tokens, eos)
         if stop is not None:
             ended |= stop(ids, writing.logits)
-        drawn = zip(*(x.tolist() for x in (rows, active, tokens, logprobs, ended)), strict=True)
-        for row, is_active, token, logprob, has_ended in drawn:
-            if is_active:
-                results[row].ids.append(token)
-                results[row].logprobs.append(logprob)
-                results[row].finished = has_ended
+        # Brought over together, as a GPU waits each time; float32 holds every token below 2**24.
+        drawn = torch.stack([tokens.float(), logprobs, ended.float()]).tolist()
+        for i, (token, logprob, has_ended) in enumerate(zip(*drawn, strict=True)):
+            if math.isnan(logprob):
+                raise FloatingPointError("the model's logits are not numbers: nothing can be sampled from it")
+            if active[i]:
+                result = results[rows[i]]
+                result.ids.append(int(token))
+                result.logprobs.append(logprob)
+                result.finished = bool(has_ended)
+                active[i] = not has_ended
                 if has_ended or step + 1 == noise.shape[1]:
-                    on_finished(row)
-        active &= ~ended
-        count = int(active.sum())
-        if count == 0 or step + 1 == noise.shape[1]:
-            hold(torch.arange(len(rows)))
+                    on_finished(rows[i])
+        stay = [i for i, still in enumerate(active) if still]
+        if not stay or step + 1 == noise.shape[1]:
+            hold(list(range(len(rows))))
             return
-        if count <= COMPACT_BELOW * len(rows):
-            hold((~active).nonzero()[:, 0])
-            stay = active.nonzero()[:, 0]
-            writing.select(stay)
-            rows, active, ids = rows[stay], active[stay], ids[stay]
+        if len(stay) <= COMPACT_BELOW * len(rows):
+            hold([i for i, still in enumerate(active) if not still])
+            kept = torch.tensor(stay, device=device)
+            writing.select(kept)
+            ids, noise = ids[kept], noise[kept.to(noise.device)]
+            rows, active = [rows[i] for i in stay], [True] * len(stay)
         writing.step(ids[:, -1])
 
 
 def _draw(scores: Tensor, uniform: Tensor, *, greedy: bool) -> tuple[Tensor, Tensor]:
-    """One token per row of `scores[R, V]` and its log-probability: the arg max, or by inverting the distribution."""
+    """One token per row of `scores[R, V]` and its log-probability: the arg max, or by inverting the distribution. NaN
+    where the scores are not numbers."""
     probabilities = scores.softmax(-1)
-    if not bool(probabilities[:, 0].isfinite().all()):
-        raise FloatingPointError("the model's logits are not numbers: nothing can be sampled from it")
     if greedy:
         tokens = scores.argmax(-1)
     else:
@@ -243,22 +249,23 @@ def _draw(scores: Tensor, uniform: Tensor, *, greedy: bool) -> tuple[Tensor, Ten
         padded = nn.functional.pad(probabilities, (0, spare)) if spare else probabilities
         blocks = padded.view(len(scores), -1, BLOCK)
         block, rest = _invert(blocks.sum(-1), uniform)
-        inside, _ = _invert(blocks[torch.arange(len(block), device=block.device), block], rest)
-        tokens = block * BLOCK + inside
+        inside, _ = _invert(blocks[torch.arange(len(block), device=scores.device), block.to(scores.device)], rest)
+        tokens = (block * BLOCK + inside).to(scores.device).clamp(max=scores.shape[-1] - 1)  # NaN are past the end
     return tokens, probabilities.gather(-1, tokens[:, None])[:, 0].log()
 
 
 def _invert(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Per row of `weights[R, N]`: the entry that `uniform`[R] in [0, 1) falls on, and where within it, in [0, 1].
 
-    An entry of weight 0 is never chosen.
+    An entry of weight 0 is never chosen. Computed, in float64, where `uniform` is.
     """
-    cumulative = weights.double().cumsum(-1)
+    weights = weights.to(uniform.device, torch.float64)
+    cumulative = weights.cumsum(-1)
     total = cumulative[:, -1:]
     # Rounding may bring the product up to the sum itself, past the last entry that has weight.
-    target = torch.minimum(uniform.double()[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    target = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
     chosen = torch.searchsorted(cumulative, target, right=True).clamp(max=weights.shape[-1] - 1)
-    weight = weights.gather(1, chosen).double()
+    weight = weights.gather(1, chosen)
     below = cumulative.gather(1, chosen) - weight
     return chosen[:, 0], ((target - below) / weight).clamp(0, 1)[:, 0]
 
