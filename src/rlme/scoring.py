@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from weakref import WeakKeyDictionary
 
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel
 from rlme.forward import forward_pass, head_of, plan_passes
 from rlme.key_values import KeyValues
 from rlme.lm_head import LMHead, WholeLogits
+from rlme.load_balance import RouterLogits
 from rlme.prefix_tree import Ints, shared_length
 from rlme.tree_attention import (
     PASS_ERRORS,
@@ -132,6 +134,7 @@ def completion_logps(
     compute_entropy: bool = False,
     token_budget: int | None = None,
     share: bool = True,
+    routers: RouterLogits | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities (and entropies) of completion tokens, differentiable: one forward pass for one pack
     of rows.
@@ -143,12 +146,15 @@ def completion_logps(
 
     With a `token_budget` (for passes without gradient) the rows are computed in packs; with gradients, plan
     packs with `plan_rows` and call backward after each, otherwise all their activations are held at once.
+
+    `routers` takes the router logits of every token, the last ones of the completions included.
     """
     prompts = [_as_tuple(ids) for ids in prompt_ids]
     completions = [_as_tuple(ids) for ids in completion_ids]
     if any(not prompt for prompt in prompts):
         raise ValueError("a prompt is empty: its first completion token has no context")
-    sequences = [p + c[:-1] for p, c in zip(prompts, completions, strict=True)]
+    # The last token is only read, unless routers are to be heard about it.
+    sequences = [p + (c if routers else c[:-1]) for p, c in zip(prompts, completions, strict=True)]
     share = share and _may_share(model, sequences, gradient=torch.is_grad_enabled())
     rows = range(len(sequences))
     packs = [list(rows)] if token_budget is None else plan_passes(sequences, token_budget, share=share)
@@ -157,7 +163,10 @@ def completion_logps(
     where: list[Tensor] = []
     longest = max(map(len, completions), default=0)
     for pack in packs:
-        forward = forward_pass(model, [sequences[b] for b in pack], head, share=share)
+        with routers.listening(model) if routers else nullcontext():
+            forward = forward_pass(model, [sequences[b] for b in pack], head, share=share)
+        if routers:
+            routers.count(forward.paths, len(forward.hidden))
         reads = [
             path[len(prompts[b]) - 1 :][: len(completions[b])] for b, path in zip(pack, forward.paths, strict=True)
         ]

@@ -29,6 +29,7 @@ _NAMES = {
     "learning_rate": "learning_rate",
     "entropy": "entropy",
     "kl": "kl",
+    "aux_loss": "aux_loss",
     "cispo_clip_ratio": "clip_ratio",
     "clip_ratio/region_mean": "clip_ratio",
     "reward": "reward",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -23,6 +24,7 @@ from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from rlme.key_values import KeyValues
+from rlme.load_balance import RouterLogits
 from rlme.memory import keep_freed_memory, prefer_huge_pages
 from rlme.reward import MetaReward, Row
 from rlme.sampling import Sampled, sample
@@ -82,7 +84,12 @@ class RLMETrainer(GRPOTrainer):
         self._truncated: list[bool] = []
         self._current_train_step_time: float
         self._sampled_logps: list[list[float]] | None = None
+        self._routers: RouterLogits | None = None
         super().__init__(model, reward_funcs=[reward], **trl_arguments)
+        # The loss that keeps a model's experts evenly used: TRL's own needs whole rows, all in one pass.
+        self.aux_loss_enabled: bool
+        self._balance = self.router_aux_loss_coef if self.aux_loss_enabled and share_prefixes else 0.0
+        self.aux_loss_enabled = self.aux_loss_enabled and not share_prefixes
         keep_freed_memory(self.accelerator.device)
         prefer_huge_pages(self.accelerator.device)
 
@@ -249,7 +256,7 @@ class RLMETrainer(GRPOTrainer):
             for i, values in enumerate(sampled):
                 padded[i, : len(values)] = torch.tensor(values)
             return padded, None, None
-        if not self.share_prefixes or multimodal or compute_aux_loss:
+        if not self.share_prefixes or multimodal:
             return super()._get_per_token_logps_and_entropies(
                 model,
                 input_ids,
@@ -260,6 +267,7 @@ class RLMETrainer(GRPOTrainer):
                 compute_aux_loss,
                 **fields,
             )
+        self._routers = RouterLogits() if self._balance and torch.is_grad_enabled() else None
         split = input_ids.shape[1] - logits_to_keep
         mask = attention_mask.bool()
         with self.accelerator.autocast():
@@ -270,6 +278,7 @@ class RLMETrainer(GRPOTrainer):
                 temperature=self.temperature,
                 compute_entropy=compute_entropy,
                 token_budget=None if torch.is_grad_enabled() else self.token_budget,
+                routers=self._routers,
             )
         rest = (0, logits_to_keep - logps.shape[1])  # TRL's columns: the longest completion of the whole batch
         return pad(logps, rest), pad(entropies, rest) if entropies is not None else None, None
@@ -290,6 +299,7 @@ class RLMETrainer(GRPOTrainer):
                     pack = inputs if len(packs) == 1 else _rows_of(inputs, rows)
                     with self.compute_loss_context_manager():
                         loss = self.compute_loss(model, pack) * self._share(rows, tokens[i], inputs, sum(tokens))
+                        loss = loss + self._balance_loss() * (tokens[i] / max(1, sum(tokens)))
                     extra = {"scale_wrt_gas": False} if self._deepspeed else {}
                     self.accelerator.backward(loss, **extra)
                 total += loss.detach()
@@ -302,15 +312,33 @@ class RLMETrainer(GRPOTrainer):
             self._current_train_step_time = 0.0
         return total
 
+    def _balance_loss(self) -> torch.Tensor | float:
+        """What the experts of the last pass add to its loss, weighted and logged as TRL does."""
+        if self._routers is None:
+            return 0.0
+        value = self._routers.loss(self.model.config.get_text_config().num_experts_per_tok)
+        self._routers = None
+        if value is None:
+            self._balance = 0.0
+            warnings.warn(
+                "the model's router logits cannot be had: it is trained without the loss that keeps its experts "
+                "evenly used",
+                stacklevel=2,
+            )
+            return 0.0
+        gathered = self.accelerator.gather_for_metrics(value.detach())
+        self._metrics["train"]["aux_loss"].append(gathered.mean().item())
+        return self._balance * value / self.current_gradient_accumulation_steps
+
     @property
     def _deepspeed(self) -> bool:
         return bool(self.accelerator.distributed_type == DistributedType.DEEPSPEED)
 
     def _packs(self, inputs: Any) -> list[list[int]]:
         """Rows of each forward-backward pass. One pass where the batch cannot be split exactly: DeepSpeed counts
-        backward passes itself, and TRL's entropy bonus and MoE loss are means over a pass."""
+        backward passes itself, and TRL's entropy bonus is a mean over a pass."""
         n = len(inputs["completion_ids"])
-        if self._deepspeed or self._entropy_bonus_enabled or self.aux_loss_enabled or not self.share_prefixes:
+        if self._deepspeed or self._entropy_bonus_enabled or not self.share_prefixes:
             return [list(range(n))]
         prompts = [ids[m.bool()] for ids, m in zip(inputs["prompt_ids"], inputs["prompt_mask"], strict=True)]
         answers = [ids[m.bool()] for ids, m in zip(inputs["completion_ids"], inputs["completion_mask"], strict=True)]

@@ -1,0 +1,79 @@
+"""The load-balancing loss of mixtures of experts: over shared prefixes what transformers computes of padded rows."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from transformers import AutoTokenizer, DogeConfig, GraniteMoeConfig, MixtralConfig, Qwen3MoeConfig
+
+from rlme.load_balance import RouterLogits
+from rlme.scoring import completion_logps
+from tests.test_architectures import COMPLETIONS, HEADS, PROMPTS, SIZE, SPECIAL, build, gradients
+from tests.test_training import train
+from tests.tiny_runs import read_metrics, write_config
+
+EXPERTS = {"num_experts_per_tok": 2}
+MODELS = {
+    "mixtral": MixtralConfig(**SIZE, **HEADS, **SPECIAL, **EXPERTS, num_local_experts=4),
+    "qwen3_moe": Qwen3MoeConfig(**SIZE, **HEADS, **SPECIAL, **EXPERTS, num_experts=4, moe_intermediate_size=16),
+}
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_transformers_on_padded_rows(name, share):
+    model = build(MODELS[name])
+    routers = RouterLogits()
+    logps, _ = completion_logps(model, PROMPTS, COMPLETIONS, share=share, routers=routers)
+    found = routers.loss(top_k=2)
+    rows = [torch.tensor(p + c) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    expected = model(input_ids=ids, attention_mask=mask, output_router_logits=True).aux_loss
+    torch.testing.assert_close(found, expected)
+    there, here = gradients(model, expected), gradients(model, found)
+    assert any(grad.norm() > 1e-3 for grad in there.values())
+    for parameter, grad in there.items():
+        torch.testing.assert_close(here[parameter], grad, atol=1e-5, rtol=1e-4)
+
+    in_passes = RouterLogits()
+    with torch.no_grad():
+        completion_logps(model, PROMPTS, COMPLETIONS, share=share, token_budget=40, routers=in_passes)
+        again, _ = completion_logps(model, PROMPTS, COMPLETIONS, share=share)
+    torch.testing.assert_close(in_passes.loss(top_k=2), expected)
+    torch.testing.assert_close(again, logps)
+
+
+def save(config_class, tokenizer_of, folder, **changes):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
+    sizes = {**SIZE, **HEADS, **SPECIAL, "vocab_size": len(tokenizer), "max_position_embeddings": 256}
+    build(config_class(**{**sizes, "eos_token_id": tokenizer.eos_token_id, **changes})).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_run_whose_configuration_names_its_experts_otherwise(tiny_policy_dir, tmp_path):
+    """(TRL's own loss reads `num_experts`.) The batch goes through in several passes."""
+    experts = {**EXPERTS, "num_local_experts": 4, "router_aux_loss_coef": 0.01}
+    model = save(GraniteMoeConfig, tiny_policy_dir, tmp_path / "model", **experts)
+    for budget in (8192, 64):
+        folder = tmp_path / str(budget)
+        folder.mkdir()
+        train(str(write_config(folder, model, train={"token_budget": budget})))
+    whole, passes = (read_metrics(tmp_path / str(budget) / "run")[0] for budget in (8192, 64))
+    assert 2 <= whole["aux_loss"] < 2.5  # 2 experts for a token, evenly used: 2
+    # Only the balance is another with several passes: a mean of theirs.
+    assert passes["aux_loss"] == pytest.approx(whole["aux_loss"], abs=0.1)
+    losses = [line["loss"] - 0.01 * line["aux_loss"] for line in (whole, passes)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_a_model_that_tells_no_router_logits_says_so_once(tiny_policy_dir, tmp_path):
+    model = save(DogeConfig, tiny_policy_dir, tmp_path / "model")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(str(write_config(tmp_path, model)))
+    assert sum("router logits cannot be had" in str(w.message) for w in caught) == 1
+    assert all("aux_loss" not in line for line in read_metrics(tmp_path / "run"))
