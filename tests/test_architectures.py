@@ -208,3 +208,16 @@ def test_a_whole_run(name, tiny_policy_dir, tmp_path):
     assert ended.value.code == 0
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2]
     assert all(math.isfinite(row["reward"]) for row in read_rollouts(tmp_path / "run"))
+
+
+def test_activations_that_cannot_be_computed_again(tiny_policy_dir, tmp_path, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_policy_dir)
+    config = OpenAIGPTConfig(**{**MODELS["openai-gpt"].to_diff_dict(), "vocab_size": len(tokenizer)})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    written = write_config(tmp_path, tmp_path / "model", train={"gradient_checkpointing": True})
+    with pytest.raises(SystemExit) as ended:
+        main(["train", str(written)])
+    assert ended.value.code == 2
+    assert "train.gradient_checkpointing is true, expected false: OpenAIGPT" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

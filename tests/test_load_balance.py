@@ -6,7 +6,8 @@ import warnings
 
 import pytest
 import torch
-from transformers import AutoTokenizer, DogeConfig, GraniteMoeConfig, MixtralConfig, Qwen3MoeConfig
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, DogeConfig, GraniteMoeConfig, MixtralConfig, PhimoeConfig, Qwen3MoeConfig
 
 from rlme.load_balance import RouterLogits
 from rlme.scoring import completion_logps
@@ -77,3 +78,12 @@ def test_a_model_that_tells_no_router_logits_says_so_once(tiny_policy_dir, tmp_p
         train(str(write_config(tmp_path, model)))
     assert sum("router logits cannot be had" in str(w.message) for w in caught) == 1
     assert all("aux_loss" not in line for line in read_metrics(tmp_path / "run"))
+
+
+def test_adapters_leave_routers_alone(tiny_policy_dir, tmp_path):
+    """Phi's are linear layers, and what they return is not their product."""
+    model = save(PhimoeConfig, tiny_policy_dir, tmp_path / "model", **EXPERTS, num_local_experts=4)
+    train(str(write_config(tmp_path, model, lora={"r": 2})))
+    names = load_file(tmp_path / "run" / "final-adapter" / "adapter_model.safetensors").keys()
+    assert any("q_proj" in name for name in names)
+    assert not any("router" in name for name in names)

@@ -1,13 +1,15 @@
 """Sampling: greedy equals `generate`, draws follow the distribution, rows do not depend on each other."""
 
 import math
+import warnings
 from collections import Counter
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from rlme.sampling import sample, weights_in
+from rlme.cast_weights import weights_in
+from rlme.sampling import sample
 from rlme.scoring import completion_logps
 
 PROMPTS = [[40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51], [60, 61, 62], [70]]
@@ -138,6 +140,23 @@ def test_stop_strings_end_a_completion(tiny_policy_dir):
         assert before.ids[: len(after.ids)] == after.ids
         assert after.finished == (stop in text or after.ids[-1] == 2)
         assert stop not in tokenizer.decode(after.ids[:-1])
+
+
+def test_a_model_that_fails_with_cast_weights_keeps_its_own(llama, monkeypatch):
+    """(Some multiply their weights with buffers, which are not cast.)"""
+    table = torch.eye(llama.config.hidden_size)
+    head = llama.lm_head.forward
+    monkeypatch.setattr(llama.lm_head, "forward", lambda hidden: head(torch.matmul(hidden, table)))
+    drawn = []
+    for dtype in (None, torch.bfloat16, torch.bfloat16):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            (group,) = sample(llama, [[5, 6, 7]], 2, max_new_tokens=5, eos_token_ids=[], dtype=dtype)
+        drawn.append(
+            ([one.ids for one in group], ["keeps the precision" in str(w.message) for w in caught].count(True))
+        )
+    assert [ids for ids, _ in drawn] == [drawn[0][0]] * 3
+    assert [said for _, said in drawn] == [0, 1, 0]
 
 
 def test_bfloat16_leaves_the_weights_alone(llama):

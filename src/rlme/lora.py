@@ -22,11 +22,18 @@ def lora_arguments(lora: LoraConfig | None, model: PreTrainedModel) -> Any:
         return None
     import peft
 
+    # A linear layer of the model's own making is none to PEFT: it returns more than its product (a router of experts).
+    others = [
+        name
+        for name, part in model.named_modules()
+        if isinstance(part, torch.nn.Linear) and type(part).__module__ == type(model).__module__
+    ]
     arguments = peft.LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
+        exclude_modules=others if lora.target_modules == "all-linear" else None,
         task_type="CAUSAL_LM",
     )
     with torch.device("meta"):  # shapes without memory

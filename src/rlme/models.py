@@ -240,6 +240,12 @@ def _has_tokenizer(folder: Path) -> bool:
     return any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"))
 
 
+def check_gradient_checkpointing(model: "PreTrainedModel", key: str) -> None:
+    """Raises `InputError` where the model cannot compute its activations again, as the configuration's `key` asks."""
+    if not model.supports_gradient_checkpointing:
+        raise InputError(f"{key} is true, expected false: {type(model).__name__} cannot compute its activations again.")
+
+
 def _adapter_base(source: ModelSource) -> str:
     config = json.loads((Path(source.location) / "adapter_config.json").read_text())
     base = config.get("base_model_name_or_path")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -28,6 +27,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from rlme.cast_weights import weights_in
 from rlme.decoding import begin, left_padded, mixes_lengths
 from rlme.key_values import KeyValues
 from rlme.packed_linear import packed_linears
@@ -268,30 +268,3 @@ def _invert(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     weight = weights.gather(1, chosen)
     below = cumulative.gather(1, chosen) - weight
     return chosen[:, 0], ((target - below) / weight).clamp(0, 1)[:, 0]
-
-
-@contextmanager
-def weights_in(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """Inside, the model's float32 weights are copies cast to `dtype`; the optimizer's tensors are not
-    touched.
-
-    The parameters are replaced rather than their data cast: that would detach the gradient hooks of DDP.
-    Buffers (rotary frequencies) keep their precision.
-    """
-    if dtype is None:
-        yield
-        return
-    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
-    cast: dict[int, nn.Parameter] = {}
-    try:
-        for module in model.modules():
-            for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
-                if parameter.dtype == torch.float32 and dtype != torch.float32:
-                    if id(parameter) not in cast:
-                        cast[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
-                    setattr(module, name, cast[id(parameter)])
-                    replaced.append((module, name, parameter))
-        yield
-    finally:
-        for module, name, parameter in replaced:
-            setattr(module, name, parameter)

@@ -11,12 +11,14 @@ import torch
 
 from rlme.align.config import AlignConfig
 from rlme.align.prompts import AlignPrompt, encode_prompt
+from rlme.cast_weights import weights_in
 from rlme.config import EvaluatorConfig
 from rlme.evaluators.base import Evaluator
 from rlme.evaluators.build import STYLES, build_evaluators
 from rlme.evaluators.local import LocalEvaluator
-from rlme.models import fast_bfloat16, load_model
-from rlme.sampling import sample, weights_in
+from rlme.lora import lora_arguments
+from rlme.models import check_gradient_checkpointing, fast_bfloat16, load_model
+from rlme.sampling import sample
 
 
 class RunModels:
@@ -94,7 +96,13 @@ class RunModels:
     def _load(self, source: str) -> Any:
         model = self.config.model
         revision = model.revision if source == model.path else None
-        return load_model(source, dtype=model.dtype, revision=revision, trust_remote_code=model.trust_remote_code)
+        loaded = load_model(source, dtype=model.dtype, revision=revision, trust_remote_code=model.trust_remote_code)
+        # What cannot be trained as asked is said before hours of sampling and judging.
+        for name, stage in (("sft", self.config.sft), ("dpo", self.config.dpo)):
+            if stage is not None and stage.gradient_checkpointing:
+                check_gradient_checkpointing(loaded, f"{name}.gradient_checkpointing")
+        lora_arguments(self.config.lora, loaded)
+        return loaded
 
 
 @contextmanager

@@ -141,7 +141,8 @@ class LocalEvaluator:
         return len(self._encode([(context, "")])[0])
 
     def _limit(self, model: Any) -> int:
-        own = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+        own = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        own = own if own and own > 0 else 10**9  # XLNet says -1
         return min(own, self.max_context_tokens or own)
 
     def _encode(self, contexts: Sequence[tuple[str | tuple[Message, ...], str]]) -> list[list[int]]:

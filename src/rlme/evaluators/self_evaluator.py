@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from trl.models import unwrap_model_for_generation
 
+from rlme.cast_weights import weights_in
 from rlme.evaluators.local import LocalEvaluator
 from rlme.key_values import KeyValues
-from rlme.sampling import weights_in
 
 
 def live_evaluator(trainer: Any, *, name: str = "live", **options: Any) -> LocalEvaluator:

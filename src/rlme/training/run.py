@@ -21,7 +21,7 @@ from rlme.evaluators.build import STYLES, check_evaluator, make_judging, make_qu
 from rlme.evaluators.local import LocalEvaluator
 from rlme.judging import check_templates
 from rlme.lora import lora_arguments
-from rlme.models import load_model, load_tokenizer
+from rlme.models import check_gradient_checkpointing, load_model, load_tokenizer
 from rlme.training.build import (
     adopt,
     check_pairwise,
@@ -65,6 +65,8 @@ def train(config: Config, console: Console, *, resume: RunFolder | None = None) 
     arguments = trl_arguments(config, folder, processes=int(os.environ.get("WORLD_SIZE", "1")))
     with console.status(f"loading {config.model.path}"):
         model = load_model(config.model.path, dtype=config.model.dtype, **loading)
+    if arguments.gradient_checkpointing:
+        check_gradient_checkpointing(model, "train.gradient_checkpointing")
     adapter = lora_arguments(config.lora, model)
     specs = config.evaluators if questions or pairwise else []
     deferred = {"live"} | ({"frozen"} if config.lora else set())
