@@ -141,7 +141,7 @@ def finish(path: Path, console: Console, table: Path | None) -> None:
             shown.add_row(Text(str(row["metric"])), f"{row['first']:.3f}", f"{row['last']:.3f}")
         console.print(shown)
     if table is not None:
-        table.write_text(json.dumps({"run": str(path), "metrics": rows}, indent=2))
+        table.write_text(json.dumps({"run": str(path), "metrics": rows}, indent=2), encoding="utf-8")
     console.print(f"model: {path / 'final'}   metrics: {path / 'metrics.jsonl'}   rollouts: {path / 'rollouts'}")
 
 
@@ -185,7 +185,7 @@ def list_recipes(table: Path | None) -> None:
         shown.add_row(row["command"], Text(row["about"]))
     Console().print(shown)
     if table is not None:
-        table.write_text(json.dumps(rows, indent=2))
+        table.write_text(json.dumps(rows, indent=2), encoding="utf-8")
 
 
 def check_config(name: str, overrides: Sequence[str], *, show: bool) -> None:

@@ -247,7 +247,7 @@ def check_gradient_checkpointing(model: "PreTrainedModel", key: str) -> None:
 
 
 def _adapter_base(source: ModelSource) -> str:
-    config = json.loads((Path(source.location) / "adapter_config.json").read_text())
+    config = json.loads((Path(source.location) / "adapter_config.json").read_text(encoding="utf-8"))
     base = config.get("base_model_name_or_path")
     if not base:
         raise InputError(f"model {source.name!r}: adapter_config.json names no base model.")

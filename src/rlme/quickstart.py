@@ -79,7 +79,7 @@ def before_after_answers(run: Path, console: Console, table: Path | None, shown:
         numbers.add_row(str(row["what"]), *(_cell(row, side) for side in ("before", "after")))
     console.print(numbers)
     if table is not None:
-        table.write_text(json.dumps({"run": str(run), "rows": rows}, indent=2))
+        table.write_text(json.dumps({"run": str(run), "rows": rows}, indent=2), encoding="utf-8")
 
 
 def _cell(row: dict[str, Any], side: str) -> str:

@@ -98,7 +98,7 @@ class Ledger:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self._before: Totals = json.loads(file.read_text()) if file.is_file() else {}
+        self._before: Totals = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         self._evaluators: list[Any] = []
 
     def adopt(self, evaluators: Sequence[Evaluator]) -> None:

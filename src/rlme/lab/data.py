@@ -85,5 +85,5 @@ def _reading_test(rng: random.Random) -> Drawn:
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     partial.replace(path)

@@ -27,7 +27,7 @@ LENGTH = "completions/mean_chars"
 def paper_curves() -> dict[str, dict[str, dict[str, list[float]]]]:
     """The curves of the paper's figures, decoded from its plots and thinned."""
     file = resources.files("rlme") / "lab" / "paper_curves.json"
-    curves: dict[str, Any] = json.loads(file.read_text())
+    curves: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return curves
 
 
@@ -37,7 +37,7 @@ def write_page(out: Path, docs: Path) -> Path:
     if not any(results.values()):
         raise InputError(f"{out} holds no finished run of the lab: rlme lab fig2 --out {out}")
     page = docs / "lab.md"
-    remarks = dict(_REMARKS.findall(page.read_text())) if page.is_file() else {}
+    remarks = dict(_REMARKS.findall(page.read_text(encoding="utf-8"))) if page.is_file() else {}
     images = docs / "images"
     images.mkdir(parents=True, exist_ok=True)
     parts = [_block("top", remarks, "# The lab\n")]

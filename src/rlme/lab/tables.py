@@ -15,7 +15,7 @@ from rlme.training.run_folder import RunFolder
 
 def domain_accuracies(data: Path, run: Path) -> list[dict[str, float]]:
     """Accuracy by domain at every held-out measurement of a run, in order."""
-    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
     domains = {row["problem"]: row["domain"] for row in rows}
     measured = []
     for file in sorted(RunFolder(run).eval.glob("step-*.parquet")):

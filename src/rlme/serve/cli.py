@@ -90,7 +90,7 @@ def cache_stats(
     Console().print(shown)
     if table is not None:
         content = {"answers": stats.answers, "bytes": stats.bytes, "by_evaluator": stats.by_evaluator}
-        table.write_text(json.dumps(content, indent=1) + "\n")
+        table.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def cache_clear(path: CacheFile) -> None:

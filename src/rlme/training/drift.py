@@ -35,12 +35,12 @@ class Drift:
         everyone = gather_object([(i, *answer) for i, answer in enumerate(self.answers)])
         if trainer.accelerator.is_main_process:  # round robin, as the prompts were dealt out
             lines = [json.dumps(answer) for _, *answer in sorted(everyone, key=lambda item: item[0])]
-            self.file.write_text("".join(f"{line}\n" for line in lines))
+            self.file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
     def load(self, trainer: Any) -> None:
         """What `begin` wrote, where it did."""
         if self.file.is_file():
-            lines = [json.loads(line) for line in self.file.read_text().splitlines()]
+            lines = [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines()]
             world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
             self.answers = [(prompt, answer, logps) for prompt, answer, logps in lines[rank::world]]
 

@@ -106,7 +106,7 @@ class RunFolder:
     def read_spent(self) -> dict[str, dict[str, float]]:
         """The content of spent.json; empty where there is none."""
         path = self.path / "spent.json"
-        found: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.is_file() else {}
+        found: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         return found
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
@@ -192,7 +192,9 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders, and writes back only what is open for writing
+        return
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
