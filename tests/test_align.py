@@ -1,12 +1,14 @@
 """The alignment pipeline on a tiny random model: stages, skipping, resuming, bad input."""
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
 import typer
 import yaml
 from rich.console import Console
+from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
 from typer.testing import CliRunner
 
 from rlme.align import run_models
@@ -383,3 +385,19 @@ def test_wins_that_length_explains_vanish_at_equal_length():
     (row,) = table(matches, ["a", "b"], resamples=0, seed=0)
     assert row["win_rate"]["value"] == pytest.approx(2 / 3)
     assert abs(row["length_controlled"]["value"] - 0.5) < 0.1
+
+
+def test_a_mixture_whose_configuration_names_its_experts_otherwise(tmp_path, tiny_policy_dir):
+    """(TRL reads `num_experts`.)"""
+    tokenizer = load_tokenizer(str(tiny_policy_dir))
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = GraniteMoeConfig(
+        **sizes, vocab_size=len(tokenizer), num_hidden_layers=2, num_local_experts=4, pad_token_id=0, eos_token_id=2
+    )
+    GraniteMoeForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*correct, but slower")  # what sft turns on stays off elsewhere
+        run(tiny_config(tmp_path, tmp_path / "model", sample={"n": 2}, compare=None))
+    saved = json.loads((tmp_path / "run/round-1/dpo/model/config.json").read_text())
+    assert saved["num_local_experts"] == 4 and "num_experts" not in saved

@@ -18,6 +18,25 @@ from rlme.prefix_tree import Ints
 from rlme.tree_attention import causal_lm
 
 
+def prepare_mixture(model: Any) -> None:
+    """Settle what a mixture's configuration leaves open (any other model's stays as it is).
+
+    Router logits are told where they are asked for: a model that always tells them sums its own balance in every pass,
+    over a mask that passes of shared prefixes do not have. `num_experts` names the number of experts, where TRL's
+    trainers read it: some families (Granite, Phi, JetMoE, DeepSeek V4) have another name for it.
+    """
+    config = model.config.get_text_config()
+    if not hasattr(config, "output_router_logits"):
+        return
+    config.output_router_logits = False
+    if not hasattr(config, "num_experts"):
+        names: dict[str, str] = type(config).attribute_map
+        for name in ("num_local_experts", "n_routed_experts"):
+            if hasattr(config, name):
+                type(config).attribute_map = {**names, "num_experts": names.get(name, name)}
+                return
+
+
 class RouterLogits:
     """The router logits of forward passes."""
 

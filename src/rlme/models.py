@@ -137,6 +137,8 @@ def load_model(
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    from rlme.load_balance import prepare_mixture
+
     parsed = ModelSource.parse(source)
     target = default_device() if device is None else torch.device(device)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -165,6 +167,7 @@ def load_model(
     if info["missing_keys"]:  # transformers fills them with random numbers and only warns
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise InputError(f"model {parsed.name!r}: weights are missing from the checkpoint ({missing}, ...).")
+    prepare_mixture(model)
     return cast("PreTrainedModel", (model if load_in_4bit else model.to(target)).eval())
 
 

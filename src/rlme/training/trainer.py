@@ -24,7 +24,7 @@ from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from rlme.key_values import KeyValues
-from rlme.load_balance import RouterLogits
+from rlme.load_balance import RouterLogits, prepare_mixture
 from rlme.memory import keep_freed_memory, prefer_huge_pages
 from rlme.reward import MetaReward, Row
 from rlme.sampling import Sampled, sample
@@ -90,6 +90,7 @@ class RLMETrainer(GRPOTrainer):
         self.aux_loss_enabled: bool
         self._balance = self.router_aux_loss_coef if self.aux_loss_enabled and share_prefixes else 0.0
         self.aux_loss_enabled = self.aux_loss_enabled and not share_prefixes
+        prepare_mixture(self.model)
         keep_freed_memory(self.accelerator.device)
         prefer_huge_pages(self.accelerator.device)
 
