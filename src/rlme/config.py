@@ -282,7 +282,8 @@ class TrainConfig(Section):
     share_prefixes: bool = True
     """Compute shared prompt and answer tokens once (checked against the plain path at the first use)."""
     token_budget: int = Field(8192, ge=64)
-    """Tokens in one forward pass of the loss and of judging: bounds the memory, changes no result."""
+    """Tokens in one forward pass of the loss and of judging: bounds the memory, changes no result (mixtures of experts:
+    docs/training.md)."""
     checkpoint_every: int = Field(50, ge=1)
     """Steps between checkpoints; a killed run resumes from the last one."""
     keep_checkpoints: int = Field(2, ge=1)
