@@ -10,6 +10,7 @@ and `training_step` (one backward pass per pack of whole groups instead of per f
 from __future__ import annotations
 
 import random
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -294,9 +295,13 @@ class RLMETrainer(GRPOTrainer):
             total = torch.zeros((), device=self.accelerator.device)
             tokens = [int(inputs["completion_mask"][rows].sum()) for rows in packs]
             first = {key: len(values) for key, values in self._metrics["train"].items()}
+            apart = len(packs) > 1 and self.accelerator.num_processes > 1
             for i, rows in enumerate(packs):
                 last = i == len(packs) - 1
-                with nullcontext() if last else self.accelerator.no_sync(model):
+                with (
+                    nullcontext() if last else self.accelerator.no_sync(model),
+                    self._apart() if apart else nullcontext(),
+                ):
                     pack = inputs if len(packs) == 1 else _rows_of(inputs, rows)
                     with self.compute_loss_context_manager():
                         loss = self.compute_loss(model, pack) * self._share(rows, tokens[i], inputs, sum(tokens))
@@ -305,6 +310,8 @@ class RLMETrainer(GRPOTrainer):
                     self.accelerator.backward(loss, **extra)
                 total += loss.detach()
             _merge_metrics(self._metrics["train"], first, tokens)
+            if apart:
+                self._gather_metrics(first)
         self._count("trained", sum(tokens))
         self._step += 1
         self._current_train_step_time += time.perf_counter() - started
@@ -343,7 +350,33 @@ class RLMETrainer(GRPOTrainer):
             return [list(range(n))]
         prompts = [ids[m.bool()] for ids, m in zip(inputs["prompt_ids"], inputs["prompt_mask"], strict=True)]
         answers = [ids[m.bool()] for ids, m in zip(inputs["completion_ids"], inputs["completion_mask"], strict=True)]
-        return plan_rows(prompts, answers, self.token_budget)
+        packs = plan_rows(prompts, answers, self.token_budget)
+        # As many in every process: a sharded model's are waited for in each pass.
+        most = int(self.accelerator.gather(torch.tensor([len(packs)], device=self.accelerator.device)).max())
+        while len(packs) < most:
+            largest = max(packs, key=len)
+            packs.remove(largest)
+            packs += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
+        return packs
+
+    @contextmanager
+    def _apart(self) -> Iterator[None]:
+        """Inside, what TRL logs of a pass is of this process: the passes of several have different rows."""
+        accelerator = self.accelerator
+        accelerator.gather = accelerator.gather_for_metrics = lambda tensor, *args, **kwargs: tensor
+        try:
+            yield
+        finally:
+            del accelerator.gather, accelerator.gather_for_metrics
+
+    def _gather_metrics(self, first: dict[str, int]) -> None:
+        """Make the values that this process has logged since `first` those of all."""
+        metrics = self._metrics["train"]
+        names = sorted(key for key, values in metrics.items() if len(values) > first.get(key, 0))
+        mine = torch.tensor([[metrics[name][-1] for name in names]], device=self.accelerator.device)
+        for name, values in zip(names, self.accelerator.gather(mine).T.tolist(), strict=True):
+            merge = min if name.endswith("_min") else max if name.endswith("_max") else statistics.fmean
+            metrics[name][-1] = merge(values)
 
     def _share(self, rows: list[int], tokens: int, inputs: Any, total_tokens: int) -> float:
         """The factor that makes the packs' losses add up to the loss of the whole (micro-)batch."""
