@@ -14,6 +14,7 @@ import torch
 from trl.models import unwrap_model_for_generation
 
 from rlme.cast_weights import weights_in
+from rlme.errors import InputError
 from rlme.evaluators.local import LocalEvaluator
 from rlme.key_values import KeyValues
 
@@ -21,6 +22,7 @@ from rlme.key_values import KeyValues
 def live_evaluator(trainer: Any, *, name: str = "live", **options: Any) -> LocalEvaluator:
     """The trainer's model as it is now. `trainer` is any TRL `GRPOTrainer`; where ours has just sampled with these
     weights, keys and values of prompts and completions are not computed again."""
+    _check_whole(trainer)
 
     def known() -> KeyValues | None:
         found: KeyValues | None = getattr(trainer, "key_values", None)
@@ -34,7 +36,16 @@ def live_evaluator(trainer: Any, *, name: str = "live", **options: Any) -> Local
 
 def frozen_adapter_evaluator(trainer: Any, *, name: str = "frozen", **options: Any) -> LocalEvaluator:
     """The trainer's PEFT model with its adapter off: the weights at step 0, without a second copy."""
+    _check_whole(trainer)
     return LocalEvaluator(lambda: _policy(trainer, adapter=False), trainer.processing_class, name=name, **options)
+
+
+def _check_whole(trainer: Any) -> None:
+    if getattr(trainer, "is_fsdp_enabled", False):
+        raise InputError(
+            "trl.fsdp: the policy cannot judge while its weights are spread over processes that judge different "
+            "numbers of texts; use trl.deepspeed, or another model as the evaluator"
+        )
 
 
 @contextmanager

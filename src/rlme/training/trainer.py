@@ -118,7 +118,9 @@ class RLMETrainer(GRPOTrainer):
         self, prompt_ids: Any, images: Any, multimodal_fields: Any, num_generations: int, has_tool_images: bool = False
     ) -> Any:
         with self._timed("sample"):
-            if not self.share_prefixes or self.use_vllm or self.use_transformers_continuous_batching or images:
+            # Fully sharded weights are gathered in each forward pass, so all processes have to take as many.
+            theirs = self.use_vllm or self.use_transformers_continuous_batching or self.is_fsdp_enabled
+            if not self.share_prefixes or theirs or images:
                 completion_ids, logprobs = super()._generate_single_turn(
                     prompt_ids, images, multimodal_fields, num_generations, has_tool_images
                 )
@@ -279,7 +281,7 @@ class RLMETrainer(GRPOTrainer):
                 [ids[m] for ids, m in zip(input_ids[:, split:], mask[:, split:], strict=True)],
                 temperature=self.temperature,
                 compute_entropy=compute_entropy,
-                token_budget=None if torch.is_grad_enabled() else self.token_budget,
+                token_budget=None if torch.is_grad_enabled() or self._sharded else self.token_budget,
                 routers=self._routers,
             )
         rest = (0, logits_to_keep - logps.shape[1])  # TRL's columns: the longest completion of the whole batch
@@ -341,6 +343,11 @@ class RLMETrainer(GRPOTrainer):
     @property
     def _deepspeed(self) -> bool:
         return bool(self.accelerator.distributed_type == DistributedType.DEEPSPEED)
+
+    @property
+    def _sharded(self) -> bool:
+        """Whether weights may be gathered in each forward pass: all processes then have to take as many."""
+        return self._deepspeed or bool(self.is_fsdp_enabled)
 
     def _packs(self, inputs: Any) -> list[list[int]]:
         """Rows of each forward-backward pass. One pass where the batch cannot be split exactly: DeepSpeed counts
