@@ -153,6 +153,23 @@ Tensor& set_whole_storage(Tensor& self, at::Storage storage) {
   return set_storage(self, std::move(storage), 0, {size}, {});
 }
 
+// Each tensor of a value, a list or a list with gaps.
+template <typename F>
+void replace_tensors(c10::IValue& value, F&& moved) {
+  if (value.isTensor()) {
+    value = moved(value.toTensor());
+  } else if (value.isTensorList()) {
+    c10::List<Tensor> list;
+    for (const Tensor& t : value.toTensorVector()) list.push_back(moved(t));
+    value = list;
+  } else if (value.isOptionalTensorList()) {
+    c10::List<std::optional<Tensor>> list;
+    for (const auto& t : value.toOptionalTensorVector())
+      list.push_back(t ? std::optional<Tensor>(moved(*t)) : std::nullopt);
+    value = list;
+  }
+}
+
 // Every other operation: on the CPU, on the same memory; what it writes is copied back.
 void fallback(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
   static const std::set<std::string> take_any_index = {"aten::index", "aten::index_put_", "aten::_index_put_impl_"};
@@ -182,20 +199,8 @@ void fallback(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::St
       written.emplace_back(t, copy);
       return copy;
     };
-    if (value.isTensor()) {
-      value = moved(value.toTensor());
-    } else if (value.isTensorList()) {
-      c10::List<Tensor> list;
-      for (const Tensor& t : value.toTensorVector()) list.push_back(moved(t));
-      value = list;
-    } else if (value.isOptionalTensorList()) {
-      c10::List<std::optional<Tensor>> list;
-      for (const auto& t : value.toOptionalTensorVector())
-        list.push_back(t ? std::optional<Tensor>(moved(*t)) : std::nullopt);
-      value = list;
-    } else if (value.isDevice()) {
-      value = c10::Device(at::kCPU);
-    }
+    if (value.isDevice()) value = c10::Device(at::kCPU);
+    replace_tensors(value, moved);
   }
 
   op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
@@ -223,13 +228,7 @@ void fallback(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::St
       on_host(copy).copy_(t);
       return copy;
     };
-    if (value.isTensor()) {
-      value = moved(value.toTensor());
-    } else if (value.isTensorList()) {
-      c10::List<Tensor> list;
-      for (const Tensor& t : value.toTensorVector()) list.push_back(moved(t));
-      value = list;
-    }
+    replace_tensors(value, moved);
   }
 }
 

@@ -8,7 +8,7 @@ import pytest
 import typer
 import yaml
 from rich.console import Console
-from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
+from transformers import GraniteMoeConfig
 from typer.testing import CliRunner
 
 from rlme.align import run_models
@@ -23,6 +23,7 @@ from rlme.config_file import read_yaml, validate
 from rlme.errors import InputError, RunStopped
 from rlme.models import load_tokenizer
 from tests.fake_judge import FakeJudge
+from tests.test_architectures import save
 
 app = typer.Typer()
 app.command()(align)
@@ -389,15 +390,11 @@ def test_wins_that_length_explains_vanish_at_equal_length():
 
 def test_a_mixture_whose_configuration_names_its_experts_otherwise(tmp_path, tiny_policy_dir):
     """(TRL reads `num_experts`.)"""
-    tokenizer = load_tokenizer(str(tiny_policy_dir))
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = GraniteMoeConfig(
-        **sizes, vocab_size=len(tokenizer), num_hidden_layers=2, num_local_experts=4, pad_token_id=0, eos_token_id=2
-    )
-    GraniteMoeForCausalLM(config).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    config = GraniteMoeConfig(**sizes, num_hidden_layers=2, num_local_experts=4, pad_token_id=0, eos_token_id=2)
+    model = save(config, tiny_policy_dir, tmp_path / "model")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*correct, but slower")  # what sft turns on stays off elsewhere
-        run(tiny_config(tmp_path, tmp_path / "model", sample={"n": 2}, compare=None))
+        run(tiny_config(tmp_path, model, sample={"n": 2}, compare=None))
     saved = json.loads((tmp_path / "run/round-1/dpo/model/config.json").read_text())
     assert saved["num_local_experts"] == 4 and "num_experts" not in saved

@@ -77,6 +77,14 @@ def build(config):
     return model.eval()
 
 
+def save(config, tokenizer_of, folder, make=AutoModelForCausalLM.from_config):
+    """A model of this configuration, with the tokenizer of another; its folder."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
+    make(type(config)(**{**config.to_diff_dict(), "vocab_size": len(tokenizer)})).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def whole_logps(model, prompt, completion):
     logps = model(input_ids=torch.tensor([prompt + completion])).logits[0].float().log_softmax(-1)
     return logps[len(prompt) - 1 : -1].gather(-1, torch.tensor(completion)[:, None])[:, 0]
@@ -198,11 +206,8 @@ def test_a_model_that_reads_ahead_is_refused():
 @pytest.mark.filterwarnings("ignore:.*correct, but")
 @pytest.mark.parametrize("name", ["qwen3_next", "mamba", "minicpm3"])  # the last: keys and values that are latent
 def test_a_whole_run(name, tiny_policy_dir, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_policy_dir)
-    config = type(MODELS[name])(**{**MODELS[name].to_diff_dict(), "vocab_size": len(tokenizer)})
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    written = write_config(tmp_path, tmp_path / "model", evaluators=["live", "frozen"])
+    model = save(MODELS[name], tiny_policy_dir, tmp_path / "model")
+    written = write_config(tmp_path, model, evaluators=["live", "frozen"])
     with pytest.raises(SystemExit) as ended:
         main(["train", str(written)])
     assert ended.value.code == 0
@@ -211,11 +216,8 @@ def test_a_whole_run(name, tiny_policy_dir, tmp_path):
 
 
 def test_activations_that_cannot_be_computed_again(tiny_policy_dir, tmp_path, capsys):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_policy_dir)
-    config = OpenAIGPTConfig(**{**MODELS["openai-gpt"].to_diff_dict(), "vocab_size": len(tokenizer)})
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    written = write_config(tmp_path, tmp_path / "model", train={"gradient_checkpointing": True})
+    model = save(MODELS["openai-gpt"], tiny_policy_dir, tmp_path / "model")
+    written = write_config(tmp_path, model, train={"gradient_checkpointing": True})
     with pytest.raises(SystemExit) as ended:
         main(["train", str(written)])
     assert ended.value.code == 2

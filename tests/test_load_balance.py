@@ -7,15 +7,16 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, DogeConfig, GraniteMoeConfig, MixtralConfig, PhimoeConfig, Qwen3MoeConfig
+from transformers import DogeConfig, GraniteMoeConfig, MixtralConfig, PhimoeConfig, Qwen3MoeConfig
 
 from rlme.load_balance import RouterLogits
 from rlme.scoring import completion_logps
-from tests.test_architectures import COMPLETIONS, HEADS, PROMPTS, SIZE, SPECIAL, build, gradients
+from tests.test_architectures import COMPLETIONS, HEADS, PROMPTS, SIZE, SPECIAL, build, gradients, save
 from tests.test_training import train
 from tests.tiny_runs import read_metrics, write_config
 
 EXPERTS = {"num_experts_per_tok": 2}
+RUN = {**SIZE, **HEADS, **SPECIAL, "max_position_embeddings": 256}
 MODELS = {
     "mixtral": MixtralConfig(**SIZE, **HEADS, **SPECIAL, **EXPERTS, num_local_experts=4),
     "qwen3_moe": Qwen3MoeConfig(**SIZE, **HEADS, **SPECIAL, **EXPERTS, num_experts=4, moe_intermediate_size=16),
@@ -47,18 +48,12 @@ def test_equals_transformers_on_padded_rows(name, share):
     torch.testing.assert_close(again, logps)
 
 
-def save(config_class, tokenizer_of, folder, **changes):
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
-    sizes = {**SIZE, **HEADS, **SPECIAL, "vocab_size": len(tokenizer), "max_position_embeddings": 256}
-    build(config_class(**{**sizes, "eos_token_id": tokenizer.eos_token_id, **changes})).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 def test_a_run_whose_configuration_names_its_experts_otherwise(tiny_policy_dir, tmp_path):
     """(TRL's own loss reads `num_experts`.) The batch goes through in several passes."""
-    experts = {**EXPERTS, "num_local_experts": 4, "router_aux_loss_coef": 0.01, "output_router_logits": True}
-    model = save(GraniteMoeConfig, tiny_policy_dir, tmp_path / "model", **experts)
+    config = GraniteMoeConfig(
+        **RUN, **EXPERTS, num_local_experts=4, router_aux_loss_coef=0.01, output_router_logits=True
+    )
+    model = save(config, tiny_policy_dir, tmp_path / "model", build)
     for budget in (8192, 64):
         folder = tmp_path / str(budget)
         folder.mkdir()
@@ -74,7 +69,7 @@ def test_a_run_whose_configuration_names_its_experts_otherwise(tiny_policy_dir, 
 
 
 def test_a_model_that_tells_no_router_logits_says_so_once(tiny_policy_dir, tmp_path):
-    model = save(DogeConfig, tiny_policy_dir, tmp_path / "model")
+    model = save(DogeConfig(**RUN), tiny_policy_dir, tmp_path / "model", build)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         train(str(write_config(tmp_path, model)))
@@ -84,7 +79,8 @@ def test_a_model_that_tells_no_router_logits_says_so_once(tiny_policy_dir, tmp_p
 
 def test_adapters_leave_routers_alone(tiny_policy_dir, tmp_path):
     """Phi's are linear layers, and what they return is not their product."""
-    model = save(PhimoeConfig, tiny_policy_dir, tmp_path / "model", **EXPERTS, num_local_experts=4)
+    config = PhimoeConfig(**RUN, **EXPERTS, num_local_experts=4)
+    model = save(config, tiny_policy_dir, tmp_path / "model", build)
     train(str(write_config(tmp_path, model, lora={"r": 2})))
     names = load_file(tmp_path / "run" / "final-adapter" / "adapter_model.safetensors").keys()
     assert any("q_proj" in name for name in names)

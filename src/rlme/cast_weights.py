@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,30 +24,31 @@ def weights_in(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     The parameters are replaced rather than their data cast: that would detach the gradient hooks of DDP.
     Buffers (rotary frequencies) keep their precision. A model that does not work so keeps its weights, with a warning.
     """
-    if dtype is None or not _works_in(model, dtype):
-        yield
-        return
-    with _cast(model, dtype):
+    known = _works.setdefault(causal_lm(model), {})
+    with ExitStack() as stack:
+        if dtype is not None and known.get(dtype, True):
+            stack.enter_context(_cast(model, dtype))
+            if dtype not in known:
+                known[dtype] = _works_cast(model, dtype)
+                if not known[dtype]:
+                    stack.close()
         yield
 
 
-def _works_in(model: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether a token goes through the model with cast weights: tried once. Some multiply them with their buffers."""
+def _works_cast(model: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether a token goes through the model, whose weights are cast. Some multiply them with their buffers."""
     inner = causal_lm(model)
-    known = _works.setdefault(inner, {})
-    if dtype not in known:
-        try:
-            with torch.no_grad(), evaluating(model), _cast(model, dtype):
-                inner(input_ids=torch.zeros((1, 1), dtype=torch.long, device=device_of(inner)), use_cache=False)
-            known[dtype] = True
-        except PASS_ERRORS as error:
-            known[dtype] = False
-            warnings.warn(
-                f"{type(inner).__name__}: sampling keeps the precision of its weights (correct, but slower): "
-                f"in {dtype} it fails: {error}",
-                stacklevel=3,
-            )
-    return known[dtype]
+    try:
+        with torch.no_grad(), evaluating(model):
+            inner(input_ids=torch.zeros((1, 1), dtype=torch.long, device=device_of(inner)), use_cache=False)
+    except PASS_ERRORS as error:
+        warnings.warn(
+            f"{type(inner).__name__}: sampling keeps the precision of its weights (correct, but slower): "
+            f"in {dtype} it fails: {error}",
+            stacklevel=4,
+        )
+        return False
+    return True
 
 
 @contextmanager

@@ -97,12 +97,16 @@ class RunModels:
         model = self.config.model
         revision = model.revision if source == model.path else None
         loaded = load_model(source, dtype=model.dtype, revision=revision, trust_remote_code=model.trust_remote_code)
-        # What cannot be trained as asked is said before hours of sampling and judging.
+        if source == model.path:
+            self._check_trainable(loaded)
+        return loaded
+
+    def _check_trainable(self, model: Any) -> None:
+        """What cannot be trained as asked is said before hours of sampling and judging."""
         for name, stage in (("sft", self.config.sft), ("dpo", self.config.dpo)):
             if stage is not None and stage.gradient_checkpointing:
-                check_gradient_checkpointing(loaded, f"{name}.gradient_checkpointing")
-        lora_arguments(self.config.lora, loaded)
-        return loaded
+                check_gradient_checkpointing(model, f"{name}.gradient_checkpointing")
+        lora_arguments(self.config.lora, model)
 
 
 @contextmanager

@@ -10,7 +10,6 @@ and `training_step` (one backward pass per pack of whole groups instead of per f
 from __future__ import annotations
 
 import random
-import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -31,10 +30,7 @@ from rlme.reward import MetaReward, Row
 from rlme.sampling import Sampled, sample
 from rlme.scoring import completion_logps, plan_rows
 from rlme.training.order import PromptOrder
-
-# How a pack's loss adds up to the batch's, by TRL's `loss_type`: these already divide by the whole batch's tokens;
-# the others are means over the pack's sequences (or, bnpo, tokens).
-_SUMS = ("cispo", "dapo", "vespo")
+from rlme.training.packs import apart, as_many_as_others, gather_metrics, merge_metrics, rows_of, share_of_batch
 
 
 class RLMETrainer(GRPOTrainer):
@@ -296,24 +292,26 @@ class RLMETrainer(GRPOTrainer):
             packs = self._packs(inputs)
             total = torch.zeros((), device=self.accelerator.device)
             tokens = [int(inputs["completion_mask"][rows].sum()) for rows in packs]
+            batch_rows, batch_tokens = sum(map(len, packs)), max(1, sum(tokens))
             first = {key: len(values) for key, values in self._metrics["train"].items()}
-            apart = len(packs) > 1 and self.accelerator.num_processes > 1
+            several = len(packs) > 1 and self.accelerator.num_processes > 1
             for i, rows in enumerate(packs):
                 last = i == len(packs) - 1
                 with (
                     nullcontext() if last else self.accelerator.no_sync(model),
-                    self._apart() if apart else nullcontext(),
+                    apart(self.accelerator) if several else nullcontext(),
                 ):
-                    pack = inputs if len(packs) == 1 else _rows_of(inputs, rows)
+                    pack = inputs if len(packs) == 1 else rows_of(inputs, rows)
+                    shares = {"rows": len(rows) / batch_rows, "tokens": tokens[i] / batch_tokens}
                     with self.compute_loss_context_manager():
-                        loss = self.compute_loss(model, pack) * self._share(rows, tokens[i], inputs, sum(tokens))
-                        loss = loss + self._balance_loss() * (tokens[i] / max(1, sum(tokens)))
+                        loss = self.compute_loss(model, pack) * share_of_batch(self.loss_type, **shares)
+                        loss = loss + self._balance_loss() * shares["tokens"]
                     extra = {"scale_wrt_gas": False} if self._deepspeed else {}
                     self.accelerator.backward(loss, **extra)
                 total += loss.detach()
-            _merge_metrics(self._metrics["train"], first, tokens)
-            if apart:
-                self._gather_metrics(first)
+            merge_metrics(self._metrics["train"], first, tokens)
+            if several:
+                gather_metrics(self._metrics["train"], first, self.accelerator)
         self._count("trained", sum(tokens))
         self._step += 1
         self._current_train_step_time += time.perf_counter() - started
@@ -358,40 +356,7 @@ class RLMETrainer(GRPOTrainer):
         prompts = [ids[m.bool()] for ids, m in zip(inputs["prompt_ids"], inputs["prompt_mask"], strict=True)]
         answers = [ids[m.bool()] for ids, m in zip(inputs["completion_ids"], inputs["completion_mask"], strict=True)]
         packs = plan_rows(prompts, answers, self.token_budget)
-        # As many in every process: a sharded model's are waited for in each pass.
-        most = int(self.accelerator.gather(torch.tensor([len(packs)], device=self.accelerator.device)).max())
-        while len(packs) < most:
-            largest = max(packs, key=len)
-            packs.remove(largest)
-            packs += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
-        return packs
-
-    @contextmanager
-    def _apart(self) -> Iterator[None]:
-        """Inside, what TRL logs of a pass is of this process: the passes of several have different rows."""
-        accelerator = self.accelerator
-        accelerator.gather = accelerator.gather_for_metrics = lambda tensor, *args, **kwargs: tensor
-        try:
-            yield
-        finally:
-            del accelerator.gather, accelerator.gather_for_metrics
-
-    def _gather_metrics(self, first: dict[str, int]) -> None:
-        """Make the values that this process has logged since `first` those of all."""
-        metrics = self._metrics["train"]
-        names = sorted(key for key, values in metrics.items() if len(values) > first.get(key, 0))
-        mine = torch.tensor([[metrics[name][-1] for name in names]], device=self.accelerator.device)
-        for name, values in zip(names, self.accelerator.gather(mine).T.tolist(), strict=True):
-            merge = min if name.endswith("_min") else max if name.endswith("_max") else statistics.fmean
-            metrics[name][-1] = merge(values)
-
-    def _share(self, rows: list[int], tokens: int, inputs: Any, total_tokens: int) -> float:
-        """The factor that makes the packs' losses add up to the loss of the whole (micro-)batch."""
-        if self.loss_type in _SUMS:
-            return 1.0
-        if self.loss_type == "bnpo":
-            return tokens / max(1, total_tokens)
-        return len(rows) / len(inputs["completion_ids"])
+        return as_many_as_others(packs, self.accelerator) if self.accelerator.num_processes > 1 else packs
 
     # -- resume -----------------------------------------------------------------------------------------------------
 
@@ -427,30 +392,3 @@ class RLMETrainer(GRPOTrainer):
 
     def _count(self, what: str, n: int) -> None:
         self.counts[what] = self.counts.get(what, 0) + n
-
-
-def _rows_of(inputs: dict[str, Any], rows: list[int]) -> dict[str, Any]:
-    """These rows of every per-row tensor; scalars (the batch's token count) stay as they are."""
-    n = len(inputs["completion_ids"])
-    return {
-        key: value[rows] if isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == n else value
-        for key, value in inputs.items()
-    }
-
-
-def _merge_metrics(metrics: dict[str, list[float]], first: dict[str, int], tokens: list[int]) -> None:
-    """Make one value of those that the packs appended: their token-weighted mean (or the extreme, by name), so that
-    packing does not change what is logged."""
-    if len(tokens) == 1:
-        return
-    for key, values in metrics.items():
-        new = values[first.get(key, 0) :]
-        if len(new) != len(tokens):
-            continue
-        if key.endswith("_min"):
-            merged = min(new)
-        elif key.endswith("_max"):
-            merged = max(new)
-        else:
-            merged = sum(v * t for v, t in zip(new, tokens, strict=True)) / max(1, sum(tokens))
-        values[first.get(key, 0) :] = [merged]
