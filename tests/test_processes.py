@@ -1,4 +1,4 @@
-"""Several processes, each with its own prompts: their passes need not be alike."""
+"""Several processes, each with its own prompts: their passes need not be alike, and one of them may stop alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,34 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_runs import read_metrics, write_config, write_jsonl
+from tests.tiny_runs import PROMPTS, is_timing, read_metrics, read_rollouts, write_config, write_jsonl
+
+STOPS = """
+import os, sys
+from rlme.cli import main
+from rlme.errors import RunStopped
+from rlme.evaluators.local import LocalEvaluator
+
+plain, calls = LocalEvaluator.logprobs, []
+
+def logprobs(*arguments, **options):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) > 5:
+        raise RunStopped("the evaluator is gone")
+    return plain(*arguments, **options)
+
+LocalEvaluator.logprobs = logprobs
+main(sys.argv[1:])
+"""
+
+
+def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Two processes; a long wait of one for the other is cut off."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return subprocess.run(
+        [sys.executable, *torchrun, *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
 
 
 def test_processes_whose_batches_split_differently(tiny_policy_dir: Path, tmp_path: Path) -> None:
@@ -23,11 +50,7 @@ def test_processes_whose_batches_split_differently(tiny_policy_dir: Path, tmp_pa
         data = {"train": str(write_jsonl(folder / "rows.jsonl", rows))}
         changes = {"token_budget": budget, "learning_rate": 1e-5, "group_size": 4, "max_completion_tokens": 12}
         config = write_config(folder, tiny_policy_dir, data=data, train={**changes, "stop": ["e"]})
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "rlme"]
-        done = subprocess.run(
-            [sys.executable, *launch, "train", str(config)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
+        done = launch("-m", "rlme", "train", str(config))
         assert done.returncode == 0, done.stderr[-3000:]
         runs.append(read_metrics(folder / "run"))
     assert len(runs[0]) == len(runs[1]) == 2
@@ -36,3 +59,33 @@ def test_processes_whose_batches_split_differently(tiny_policy_dir: Path, tmp_pa
             assert split[key] == pytest.approx(whole[key], abs=1e-4), key
         assert split["entropy"] == pytest.approx(whole["entropy"], rel=0.02)  # of a mean of means: unequal weights
         assert split["clip_ratio"] == pytest.approx(whole["clip_ratio"], abs=0.1)
+
+
+def test_what_stops_one_process_stops_all_and_the_run_goes_on_exactly(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    """With held-out prompts that two processes cannot share evenly, and rewards normalised over both."""
+    changes = {
+        "reward": {"mode": "rlvr+rlme", "combine": "normalized"},
+        "train": {"steps": 4, "group_size": 2, "checkpoint_every": 1, "eval_every": 2},
+    }
+    runs = []
+    for name in ("plain", "stopped"):
+        folder = tmp_path / name
+        folder.mkdir()
+        data = {"eval": str(write_jsonl(folder / "held-out.jsonl", PROMPTS[:3]))}
+        config = str(write_config(folder, tiny_policy_dir, data=data, **changes))
+        runs.append(folder / "run")
+        if name == "plain":
+            done = launch("-m", "rlme", "train", config)
+        else:
+            (folder / "stops.py").write_text(STOPS)
+            stopped = launch(str(folder / "stops.py"), "train", config)
+            assert stopped.stderr.count("stopped: the evaluator is gone. The state is saved: rlme train --resume") == 2
+            assert "exitcode  : 3" in stopped.stderr
+            assert 0 < len(read_metrics(folder / "run")) < 5
+            done = launch("-m", "rlme", "train", "--resume", str(folder / "run"))
+        assert done.returncode == 0, done.stderr[-3000:]
+    plain, resumed = ([{k: v for k, v in m.items() if not is_timing(k)} for m in read_metrics(run)] for run in runs)
+    assert [line["step"] for line in plain] == [0, 1, 2, 3, 4]
+    assert resumed == plain
+    for run in runs:
+        assert [row["prompt_index"] for row in read_rollouts(run, "eval")] == [0, 1, 2] * 3

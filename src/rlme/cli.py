@@ -162,4 +162,4 @@ def main(arguments: list[str] | None = None) -> Any:
 
 
 def _say(kind: str, sentence: str) -> None:
-    print(f"{kind}: {sentence}", file=sys.stderr)
+    sys.stderr.write(f"{kind}: {sentence}\n")  # at once: several processes may say theirs

@@ -13,6 +13,7 @@ from rlme.errors import InputError, RunStopped
 from rlme.evaluators.base import Evaluator
 from rlme.judgement import Judgement
 from rlme.judging import Judging, Sample, begin, judge
+from rlme.processes import everywhere, stopping_together
 from rlme.questions import Question
 from rlme.verify import extract_answer, same_answer
 
@@ -214,10 +215,11 @@ class MetaReward:
         columns = columns or {}
         samples, golds = self._samples(prompts, completions, completion_ids, trainer, columns)
         evaluators = self.evaluators(trainer) if self.questions else []
+        accelerator = trainer.accelerator if trainer is not None else None
+        judgements: list[list[Judgement]] = [[] for _ in samples]
         if self.questions:
-            judgements = judge(samples, self.questions, evaluators, self.judging)
-        else:
-            judgements = [[] for _ in samples]
+            with stopping_together(accelerator):
+                judgements = judge(samples, self.questions, evaluators, self.judging)
         self.rows = []
         for sample, verdicts, gold in zip(samples, judgements, golds, strict=True):
             correct = None if gold is None else same_answer(sample.answer or None, gold, self.compare)
@@ -256,8 +258,14 @@ class MetaReward:
         rewards = self._combine(judgements, [r["correct"] for r in self.rows], trainer)
         for row, reward in zip(self.rows, rewards, strict=True):
             row["reward"] = reward
+        if enforce_failure_rate:
+            with stopping_together(accelerator):
+                self._check(rewards)
+        return rewards
+
+    def _check(self, rewards: Sequence[float | None]) -> None:
         missing = sum(r is None for r in rewards)
-        if enforce_failure_rate and rewards and missing / len(rewards) > self.max_failure_rate:
+        if rewards and missing / len(rewards) > self.max_failure_rate:
             kinds = Counter(j["failure"] for row in self.rows for j in row["judgements"] if j["failure"])
             why = ", ".join(f"{kind} x{n}" for kind, n in kinds.most_common()) or "no known answer"
             detail = next((j["detail"] for row in self.rows for j in row["judgements"] if j["detail"]), "")
@@ -265,7 +273,6 @@ class MetaReward:
                 f"{missing} of {len(rewards)} completions have no reward ({why}), more than "
                 f"reward.max_failure_rate {self.max_failure_rate:g} allows" + (f"; e.g. {detail}" if detail else "")
             )
-        return rewards
 
     def _combine(
         self, judgements: list[list[Judgement]], correct: list[bool | None], trainer: Any
@@ -341,13 +348,10 @@ def _context(prompt: Any, trainer: Any) -> str:
 
 def _normalize_everywhere(values: list[float | None], trainer: Any) -> list[float | None]:
     """Normalise over the batch of all processes (each holds a part of it)."""
-    if trainer is None or trainer.accelerator.num_processes == 1:
-        return normalize(values)
-    from accelerate.utils import gather_object
-
-    everywhere = normalize(gather_object(values))
-    start = trainer.accelerator.process_index * len(values)
-    return everywhere[start : start + len(values)]
+    accelerator = trainer.accelerator if trainer is not None else None
+    normal = normalize(everywhere(values, accelerator))
+    start = accelerator.process_index * len(values) if accelerator is not None else 0
+    return normal[start : start + len(values)]
 
 
 def judgement_metrics(rows: Sequence[Row]) -> dict[str, float]:

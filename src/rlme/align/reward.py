@@ -13,6 +13,7 @@ from rlme.align.protocols import Protocol, load_protocol
 from rlme.align.ranking import Candidates, Ranking, Schedule, instruction_text, rank
 from rlme.errors import InputError, RunStopped
 from rlme.evaluators.base import Evaluator
+from rlme.processes import stopping_together
 from rlme.verify import extract_answer, same_answer
 
 
@@ -138,7 +139,9 @@ class PairwiseReward:
             for key, m in groups.items()
         ]
         judge = self._ready(trainer)
-        self.rankings = rank(candidates, judge, self.schedule, seed=self.seed)
+        accelerator = trainer.accelerator if trainer is not None else None
+        with stopping_together(accelerator):
+            self.rankings = rank(candidates, judge, self.schedule, seed=self.seed)
         rewards: list[float | None] = [None] * len(texts)
         self.rows = [{} for _ in texts]
         for members, group, ranking in zip(groups.values(), candidates, self.rankings, strict=True):
@@ -148,7 +151,9 @@ class PairwiseReward:
                 tokens = len(completion_ids[i]) if completion_ids is not None else 0
                 row = self._row(group.instruction, texts[i], tokens, rewards[i], ranking, len(members))
                 self.rows[i] = row | self._measured(texts[i], golds[i])
-        self._check(rewards, enforce_failure_rate)
+        if enforce_failure_rate:
+            with stopping_together(accelerator):
+                self._check(rewards)
         return rewards
 
     def _measured(self, text: str, gold: Any) -> dict[str, Any]:
@@ -184,9 +189,9 @@ class PairwiseReward:
             "reward": reward,
         }
 
-    def _check(self, rewards: Sequence[float | None], enforce: bool) -> None:
+    def _check(self, rewards: Sequence[float | None]) -> None:
         missing = sum(r is None for r in rewards)
-        if enforce and rewards and missing / len(rewards) > self.max_failure_rate:
+        if rewards and missing / len(rewards) > self.max_failure_rate:
             kinds: Counter[str] = Counter()
             for ranking in self.rankings:
                 kinds.update(ranking.failures)

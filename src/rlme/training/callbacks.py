@@ -8,13 +8,18 @@ from typing import Any
 from rich.console import Console
 from transformers import TrainerCallback
 
+from rlme.processes import everywhere
+
 
 class Interrupt(TrainerCallback):
-    """Ctrl-C (or SIGTERM) ends the run after the current step with everything saved; a second one ends it at once."""
+    """Ctrl-C (or SIGTERM) ends the run after the current step with everything saved; a second one ends it at once.
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    Of several processes, all end after the step in which the first of them was told to."""
+
+    def __init__(self, console: Console, accelerator: Any) -> None:
+        self.console, self.accelerator = console, accelerator
         self.requested = False
+        self.stopped = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
@@ -34,7 +39,8 @@ class Interrupt(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask the trainer to save and stop."""
-        if self.requested:
+        if any(everywhere([self.requested], self.accelerator)):
+            self.stopped = True
             control.should_save = control.should_training_stop = True
 
 

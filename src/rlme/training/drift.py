@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
+from rlme.processes import dealt
 from rlme.scoring import completion_logps
 
 Ids = list[int]
@@ -28,11 +29,14 @@ class Drift:
     file: Path
     answers: list[tuple[Ids, Ids, list[float]]] = field(default_factory=list)
     """Prompt tokens, answer tokens, log-probabilities of these under the starting model."""
+    own: int = 0
+    """How many of them count here (see `dealt`)."""
 
-    def begin(self, trainer: Any, prompts: Sequence[Ids], answers: Sequence[Ids]) -> None:
+    def begin(self, trainer: Any, prompts: Sequence[Ids], answers: Sequence[Ids], own: int) -> None:
         """Score the starting model's own answers and write them down."""
+        self.own = own
         self.answers = list(zip(prompts, answers, token_logps(trainer, prompts, answers), strict=True))
-        everyone = gather_object([(i, *answer) for i, answer in enumerate(self.answers)])
+        everyone = gather_object([(i, *answer) for i, answer in enumerate(self.answers[:own])])
         if trainer.accelerator.is_main_process:  # round robin, as the prompts were dealt out
             lines = [json.dumps(answer) for _, *answer in sorted(everyone, key=lambda item: item[0])]
             self.file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
@@ -41,8 +45,8 @@ class Drift:
         """What `begin` wrote, where it did."""
         if self.file.is_file():
             lines = [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines()]
-            world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
-            self.answers = [(prompt, answer, logps) for prompt, answer, logps in lines[rank::world]]
+            mine, self.own = dealt(lines, trainer.accelerator)
+            self.answers = [(prompt, answer, logps) for prompt, answer, logps in mine]
 
     def measure(self, trainer: Any) -> float | None:
         """KL(start || now) in nats per token; None when nothing is known of the start. All processes take part.
@@ -54,7 +58,7 @@ class Drift:
         now = token_logps(trainer, [p for p, _, _ in self.answers], [a for _, a, _ in self.answers])
         moved = [
             b - a
-            for (_, _, before), after in zip(self.answers, now, strict=True)
+            for (_, _, before), after in list(zip(self.answers, now, strict=True))[: self.own]
             for a, b in zip(before, after, strict=True)
         ]
         terms = [math.expm1(min(d, 50.0)) - d for d in moved]

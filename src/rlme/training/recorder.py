@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from rlme.data import PromptSet
+from rlme.processes import dealt
 from rlme.reward import Row, judgement_metrics
 from rlme.training.costs import Costs
 from rlme.training.drift import Drift
@@ -195,8 +196,7 @@ class Recorder(TrainerCallback):
         trainer.timings, trainer.counts = {}, {}
         training = trainer.model.training
         trainer.model.eval()
-        world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
-        mine = self.held_out.prompts[rank::world]
+        mine, own = dealt(self.held_out.prompts, trainer.accelerator)
         rows: list[Row] = []
         asked: list[list[int]] = []
         answered: list[list[int]] = []
@@ -225,8 +225,9 @@ class Recorder(TrainerCallback):
             for prompt, row, cut in zip(part, trainer.reward.rows, trainer._truncated, strict=True):
                 rows.append(row | {"prompt_index": prompt.index, "sample": 0, "truncated": cut, "advantage": None})
         torch.set_rng_state(state)
+        rows = rows[:own]
         if step == 0:
-            self.drift.begin(trainer, asked, answered)
+            self.drift.begin(trainer, asked, answered, own)
         moved = self.drift.measure(trainer)
         trainer.model.train(training)
         metrics.clear()

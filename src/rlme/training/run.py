@@ -145,7 +145,7 @@ def train(config: Config, console: Console, *, resume: RunFolder | None = None) 
     trainer.checkpoint_done = lambda path: folder.finish_checkpoint(
         path, config.train.keep_checkpoints, recorder.protected
     )
-    interrupt = Interrupt(console)
+    interrupt = Interrupt(console, trainer.accelerator)
     trainer.add_callback(interrupt)
     try:
         with display, interrupt:
@@ -156,11 +156,10 @@ def train(config: Config, console: Console, *, resume: RunFolder | None = None) 
             elif held_out is not None:  # zero steps: only measure
                 recorder.on_train_begin(arguments, trainer.state, trainer.control)
     except RunStopped as stop:
-        if trainer.accelerator.num_processes == 1:  # several cannot count together once one of them has stopped
-            costs.save(costs.totals())
+        costs.save(costs.totals())
         _save_where_it_stands(trainer, folder)
         raise RunStopped(f"{stop}. The state is saved: rlme train --resume {folder.path}") from None
-    if interrupt.requested:
+    if interrupt.stopped:
         raise RunStopped(
             f"stopped after step {trainer.state.global_step}, state saved; "
             f"go on with: rlme train --resume {folder.path}"

@@ -65,6 +65,11 @@ def trl_arguments(config: Config, folder: RunFolder, *, processes: int = 1) -> G
         raise InputError(
             f"train.prompts_per_step * train.group_size is {batch}, expected a multiple of the {processes} processes"
         )
+    if config.reward.mode == "pairwise" and train.prompts_per_step % processes:
+        raise InputError(
+            f"train.prompts_per_step is {train.prompts_per_step}, expected a multiple of the {processes} processes: "
+            "reward.mode pairwise compares the completions of a group, so each has to be in one process"
+        )
     cispo = train.loss == "cispo"
     clip = train.clip if train.clip is not None else 5.0 if cispo else 0.2
     bf16 = train.precision == "bfloat16" or (train.precision == "auto" and fast_bfloat16())
