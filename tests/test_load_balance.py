@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import DogeConfig, GraniteMoeConfig, MixtralConfig, PhimoeConfig, Qwen3MoeConfig
 
+from rlme.cli import app
 from rlme.load_balance import RouterLogits
 from rlme.scoring import completion_logps
 from tests.test_architectures import COMPLETIONS, HEADS, PROMPTS, SIZE, SPECIAL, build, gradients, save
@@ -85,3 +86,20 @@ def test_adapters_leave_routers_alone(tiny_policy_dir, tmp_path):
     names = load_file(tmp_path / "run" / "final-adapter" / "adapter_model.safetensors").keys()
     assert any("q_proj" in name for name in names)
     assert not any("router" in name for name in names)
+
+
+def test_a_mixture_resumes_with_the_experts_it_had(tiny_policy_dir, tmp_path):
+    """Each expert is saved by itself, under a name that the model in memory does not have."""
+    config = Qwen3MoeConfig(**RUN, **EXPERTS, num_experts=4, moe_intermediate_size=16)
+    model = save(config, tiny_policy_dir, tmp_path / "model", build)
+    weights = []
+    for name, steps in (("whole", 2), ("half", 1)):
+        folder = tmp_path / name
+        folder.mkdir()
+        train(str(write_config(folder, model, train={"steps": steps, "checkpoint_every": 1})))
+        if name == "half":
+            app(["train", "--resume", str(folder / "run"), "--set", "train.steps=2"], standalone_mode=False)
+        weights.append(load_file(folder / "run/final/model.safetensors"))
+    whole, half = weights
+    assert any(".experts." in key for key in whole)
+    assert all(half[key].equal(value) for key, value in whole.items())

@@ -18,6 +18,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from rlme.align.config import AlignConfig, DPOStage, SFTStage
 from rlme.align.pairs import Pair
+from rlme.checkpoints import ReadsCheckpoints
 from rlme.errors import InputError
 from rlme.lora import lora_arguments
 from rlme.memory import keep_freed_memory, prefer_huge_pages
@@ -33,6 +34,14 @@ _OURS = {
 }  # fmt: skip
 
 
+class _SFT(ReadsCheckpoints, SFTTrainer):
+    pass
+
+
+class _DPO(ReadsCheckpoints, DPOTrainer):
+    pass
+
+
 def sft(config: AlignConfig, model: Any, tokenizer: Any, examples: Sequence[Example], folder: Path) -> dict[str, float]:
     """Fine-tune on `prompt` -> `completion` examples and save the model under `folder`/model."""
     assert config.sft is not None
@@ -42,7 +51,7 @@ def sft(config: AlignConfig, model: Any, tokenizer: Any, examples: Sequence[Exam
     }
     arguments = _arguments(SFTConfig, settings, config.sft.trl, "sft.trl")
     data = Dataset.from_list(list(examples))
-    trainer = SFTTrainer(
+    trainer = _SFT(
         model,
         args=arguments,
         train_dataset=data,
@@ -72,7 +81,7 @@ def dpo(config: AlignConfig, model: Any, tokenizer: Any, pairs: Sequence[Pair], 
             for pair in pairs
         ]
     )
-    trainer = DPOTrainer(
+    trainer = _DPO(
         model,
         args=arguments,
         train_dataset=data,

@@ -23,6 +23,7 @@ from torch.nn.functional import pad
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
+from rlme.checkpoints import ReadsCheckpoints
 from rlme.key_values import KeyValues
 from rlme.load_balance import RouterLogits, prepare_mixture
 from rlme.memory import keep_freed_memory, prefer_huge_pages
@@ -33,7 +34,7 @@ from rlme.training.order import PromptOrder
 from rlme.training.packs import apart, as_many_as_others, gather_metrics, merge_metrics, rows_of, share_of_batch
 
 
-class RLMETrainer(GRPOTrainer):
+class RLMETrainer(ReadsCheckpoints, GRPOTrainer):
     """GRPO with a reward made of questions (RLME sec. 3; eqs. 3, 5, 7, 8).
 
     Args:
