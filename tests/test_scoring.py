@@ -181,7 +181,7 @@ def test_packs_add_up_to_the_whole(llama):
     whole = loss_and_gradients(llama)
     weights = torch.linspace(-1, 1, whole[0].numel()).view_as(whole[0])
     llama.zero_grad()
-    packs = plan_rows(prompts, completions, 30)
+    packs = plan_rows(llama, prompts, completions, 30)
     assert len(packs) > 2
     assert sorted(i for pack in packs for i in pack) == list(range(len(ROWS)))
     for pack in packs:

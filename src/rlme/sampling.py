@@ -8,6 +8,7 @@ attention reads its cache (`rlme.prompt_groups`).
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import cast
@@ -31,7 +32,7 @@ from rlme.cast_weights import weights_in
 from rlme.decoding import begin, left_padded, mixes_lengths
 from rlme.key_values import KeyValues
 from rlme.packed_linear import packed_linears
-from rlme.tree_attention import causal_lm, device_of, evaluating
+from rlme.tree_attention import causal_lm, check_adapter, device_of, evaluating
 
 BLOCK = 256  # tokens of the vocabulary whose probabilities are summed first when one is drawn
 COMPACT_BELOW = 7 / 8  # finished rows are dropped from the cache once fewer rows than this share are active
@@ -74,7 +75,8 @@ def sample(
 ) -> list[list[Sampled]]:
     """Draw `n` (or `n[i]`) completions for each prompt.
 
-    The filters are transformers' own, in the order of `generate`. The same seed gives the same completions,
+    The filters are transformers' own, in the order of `generate`. A stop string ends the completion that it is in. The
+    same seed gives the same completions,
     whatever the other rows do: each row draws from its own stream of uniform numbers (seed, prompt,
     completion). Temperature 0 is greedy and equals `generate`.
 
@@ -86,6 +88,7 @@ def sample(
     `on_finished(prompt, completion, sampled)` is called as soon as nothing will be added to a completion, while others
     are still written.
     """
+    check_adapter(model)
     counts = [n] * len(prompts) if isinstance(n, int) else list(n)
     if len(counts) != len(prompts):
         raise ValueError(f"n has {len(counts)} entries for {len(prompts)} prompts")
@@ -96,6 +99,17 @@ def sample(
         if tokenizer is None:
             raise ValueError("stop strings need the tokenizer")
         stop = StopStringCriteria(tokenizer, list(stop_strings))
+    for name, value, right, expected in (
+        ("temperature", temperature, temperature >= 0, "at least 0"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0, at most 1"),
+        ("top_k", top_k, top_k >= 0, "at least 0 (off)"),
+        ("min_p", min_p, 0 <= min_p <= 1, "0 (off) to 1"),
+        ("repetition_penalty", repetition_penalty, repetition_penalty > 0, "above 0"),
+        ("max_rows", max_rows, max_rows >= 1, "at least 1"),
+        ("seed", seed, seed >= 0, "at least 0"),
+    ):
+        if not right:
+            raise ValueError(f"{name} is {value}, expected {expected}")
     processors = _processors(temperature, top_p, top_k, min_p, repetition_penalty)
     eos = torch.tensor(sorted(set(eos_token_ids)), dtype=torch.long)
     results = [[Sampled() for _ in range(count)] for count in counts]
@@ -122,6 +136,16 @@ def sample(
                 keep=keep,
             )
     return results
+
+
+def length_to_stop(ids: Sequence[int], stop_strings: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Number of tokens of a completion after which its text first holds a stop string; None where it holds none."""
+
+    def holds(length: int) -> bool:
+        text = tokenizer.decode(ids[:length])
+        return any(stop in text for stop in stop_strings)
+
+    return bisect_left(range(len(ids) + 1), True, key=holds) if holds(len(ids)) else None
 
 
 class Nucleus(TopPLogitsWarper):
@@ -193,6 +217,7 @@ def _sample_batch(
     # Apple's GPUs have no float64: tokens are chosen on the CPU there.
     eos, noise = eos.to(device), noise.to("cpu" if device.type == "mps" else device)
     ids = left_padded(prompts, device)
+    prompted = ids.shape[1]
     writing = begin(model, prompts)
     rows = list(range(len(prompts)))  # the entry of `results` that each row of the batch writes
     active = [True] * len(rows)
@@ -209,8 +234,8 @@ def _sample_batch(
         )
         ids = torch.cat([ids, tokens[:, None]], 1)
         ended = torch.isin(tokens, eos)
-        if stop is not None:
-            ended |= stop(ids, writing.logits)
+        if stop is not None:  # in the completion alone: neither its prompt nor padding ends it
+            ended |= stop(cast(torch.LongTensor, ids[:, prompted:]), writing.logits)
         # Brought over together, as a GPU waits each time; float32 holds every token below 2**24.
         drawn = torch.stack([tokens.float(), logprobs, ended.float()]).tolist()
         for i, (token, logprob, has_ended) in enumerate(zip(*drawn, strict=True)):

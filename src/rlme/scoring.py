@@ -27,6 +27,7 @@ from rlme.prefix_tree import Ints, shared_length
 from rlme.tree_attention import (
     PASS_ERRORS,
     causal_lm,
+    check_adapter,
     device_of,
     difference,
     evaluating,
@@ -36,6 +37,7 @@ from rlme.tree_attention import (
 )
 
 CHECK_TOKENS = 512  # the first use of a model compares both paths on a sample of about this many tokens
+LAYER_WEIGHTS, LAYER_SIZE = 14, 1 << 26  # and the gradients of as many: seven projections with two factors each
 
 _checked: WeakKeyDictionary[PreTrainedModel, dict[bool, str | None]] = WeakKeyDictionary()
 _reusable: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
@@ -187,15 +189,18 @@ def completion_logps(
 
 
 def plan_rows(
+    model: nn.Module,
     prompt_ids: Sequence[Sequence[int] | Tensor],
     completion_ids: Sequence[Sequence[int] | Tensor],
     token_budget: int,
     *,
     share: bool = True,
 ) -> list[list[int]]:
-    """Split rows into packs of at most `token_budget` computed tokens, groups together where they fit."""
+    """Split rows into packs of at most `token_budget` tokens that the model computes with gradients: groups together
+    where it shares their prompts, rows of similar length where it does not."""
     pairs = zip(prompt_ids, completion_ids, strict=True)
-    return plan_passes([_as_tuple(p) + _as_tuple(c)[:-1] for p, c in pairs], token_budget, share=share)
+    sequences = [_as_tuple(p) + _as_tuple(c)[:-1] for p, c in pairs]
+    return plan_passes(sequences, token_budget, share=share and _may_share(model, sequences, gradient=True))
 
 
 def _as_tuple(ids: Sequence[int] | Tensor) -> tuple[int, ...]:
@@ -214,6 +219,7 @@ def _may_share(model: nn.Module, sequences: Sequence[Sequence[int]], *, gradient
     inner = causal_lm(model)
     known = _checked.setdefault(inner, {})
     if gradient not in known:
+        check_adapter(model)
         reason = tree_unsupported_reason(model)
         if reason is None:
             install(model)
@@ -278,7 +284,7 @@ def _disagreement(model: nn.Module, sample: list[Sequence[int]], *, gradient: bo
     inner = causal_lm(model)
     device = device_of(inner)
     tokens = torch.tensor([list(sequence) for sequence in sample], device=device)
-    weights = [p for name, p in inner.named_parameters() if p.requires_grad and "embed" not in name][:1]
+    weights = _first_layer(inner)
     # Distributed wrappers do not allow torch.autograd.grad.
     differentiable = gradient and bool(weights) and model is inner
     try:
@@ -294,11 +300,23 @@ def _disagreement(model: nn.Module, sample: list[Sequence[int]], *, gradient: bo
         if reason is not None:
             return reason
         if differentiable:
-            expected = torch.autograd.grad(plain.sum(), weights)[0].float()
-            found = torch.autograd.grad(ours.sum(), weights)[0].float()
+            gradients = [torch.autograd.grad(x.sum(), weights, materialize_grads=True) for x in (plain, ours)]
+            expected, found = (torch.cat([part.float().flatten() for part in parts]) for parts in gradients)
             relative = float((expected - found).norm() / expected.norm().clamp_min(1e-12))
             if not relative <= max(0.01, tolerance(inner)):
                 return f"a gradient differs by {relative:.1%}"
     except PASS_ERRORS as error:
         return f"the shared pass failed: {error}"
     return None
+
+
+def _first_layer(inner: PreTrainedModel) -> list[nn.Parameter]:
+    """The first parameters that are trained, about those of a layer: alone, one of attention may have no gradient (of
+    a text of one token, or of one token repeated), and rounding would be all that is compared."""
+    weights: list[nn.Parameter] = []
+    for name, parameter in inner.named_parameters():
+        if parameter.requires_grad and "embed" not in name:
+            weights.append(parameter)
+        if len(weights) == LAYER_WEIGHTS or sum(p.numel() for p in weights) > LAYER_SIZE:
+            break
+    return weights

@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from rlme.errors import InputError
 from rlme.key_values import KeyValues
 from rlme.prefix_tree import Ints, Tile, batch_tiles, build_row, plan_tiles, tile_mask, without_known
 
@@ -218,11 +219,24 @@ def _dispatch(base: str) -> Any:
         if decoding_rows is not None:
             layer = cast(int, module.layer_idx)
             return decoding_rows.attend(layer, query, key, value, kwargs.get("scaling")), None
+        # The layout takes the place of the mask, so nothing that only the mask says may count.
+        if attention_mask is not None and attention_mask.numel() != 1:
+            raise NotImplementedError("a mask that the attention layers make themselves")
         names = ("dropout", "scaling", "sliding_window")
         options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        if "sliding_window" not in options and _has_window(module):
+            raise NotImplementedError("a sliding window that only the mask knows of")
         return tree_attention(module, query, key, value, cast(TreeLayout, tree_layout), **options), None
 
     return attention
+
+
+def _has_window(module: nn.Module) -> bool:
+    """Whether the configuration gives this layer's attention a sliding window."""
+    config = getattr(module, "config", None)
+    if kinds := getattr(config, "layer_types", None):
+        return bool(kinds[cast(int, module.layer_idx)] == "sliding_attention")
+    return getattr(config, "sliding_window", None) is not None
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -233,6 +247,16 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
             raise TypeError(f"{type(model).__name__} wraps no transformers model")
         model = inner
     return model
+
+
+def check_adapter(model: nn.Module) -> None:
+    """Raise `InputError` for an adapter whose tokens of its own stand before every text (prefix and prompt tuning)."""
+    for active in getattr(model, "peft_config", {}).values():
+        if active.is_prompt_learning:
+            raise InputError(
+                f"the model's adapter is of PEFT's type {active.peft_type.value}, which puts tokens of its own before "
+                "every text; expected one that does not, such as LORA"
+            )
 
 
 def device_of(model: PreTrainedModel) -> torch.device:
@@ -299,12 +323,10 @@ def tree_unsupported_reason(model: nn.Module) -> str | None:
         return f"{type(inner).__name__} does not take a custom attention function"
     if getattr(inner, "_is_stateful", False):
         return "it has a recurrent state"
-    if attention.removeprefix(PREFIX) not in ALL_ATTENTION_FUNCTIONS:
-        return f"its attention implementation is {attention!r} (load it with attn_implementation='sdpa')"
     for key in ("attn_logit_softcapping", "attention_chunk_size"):
         if getattr(config, key, None):
             return f"its configuration sets {key}"
-    for active in getattr(model, "peft_config", {}).values():
-        if active.is_prompt_learning:
-            return f"PEFT's {active.peft_type.value} adds tokens of its own"
+    if attention.removeprefix(PREFIX) not in ALL_ATTENTION_FUNCTIONS:
+        other = " (load it with attn_implementation='sdpa')" if inner._supports_sdpa else ", and it has no other"
+        return f"its attention implementation is {attention!r}{other}"
     return None

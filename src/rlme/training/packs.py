@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from rlme.processes import everywhere
+
 # How a pack's loss adds up to the batch's, by TRL's `loss_type`: these already divide by the whole batch's tokens;
 # the others are means over the pack's sequences (or, bnpo, tokens).
 _SUMS = ("cispo", "dapo", "vespo")
@@ -47,34 +49,45 @@ def as_many_as_others(packs: list[list[int]], accelerator: Any) -> list[list[int
 @contextmanager
 def apart(accelerator: Any) -> Iterator[None]:
     """Inside, what TRL logs of a pass is of this process: the passes of several have different rows."""
-    accelerator.gather = accelerator.gather_for_metrics = lambda tensor, *args, **kwargs: tensor
+    names = ("gather", "gather_for_metrics", "reduce")
+    for name in names:
+        setattr(accelerator, name, lambda tensor, *args, **kwargs: tensor)
     try:
         yield
     finally:
-        del accelerator.gather, accelerator.gather_for_metrics
+        for name in names:
+            delattr(accelerator, name)
 
 
-def merge_metrics(metrics: Metrics, first: dict[str, int], tokens: Sequence[int]) -> None:
-    """Make one value of those that the packs appended after `first` of each, so that packing does not change what is
-    logged."""
-    for name, values in metrics.items():
-        new = values[first.get(name, 0) :]
-        if len(new) == len(tokens) > 1:
-            values[first.get(name, 0) :] = [_merged(name, new, tokens)]
+def merge_metrics(
+    metrics: Metrics,
+    first: dict[str, int],
+    *,
+    tokens: Sequence[int],
+    rows: Sequence[int],
+    by_row: bool,
+    accelerator: Any,
+) -> None:
+    """Make one value, of the whole batch in all processes, of those that the passes appended after `first` of each.
+
+    `tokens` and `rows` of each pass are the weights of means: TRL's are over tokens, those of ratios that a row has one
+    of (`by_row`) over rows.
+    """
+    names = sorted(name for name, values in metrics.items() if len(values) - first.get(name, 0) == len(tokens))
+    found: dict[str, list[tuple[float, int]]] = {}
+    for name in names:
+        weights = rows if name.startswith("vespo/") or (by_row and "clip" in name) else tokens
+        found[name] = list(zip(metrics[name][first.get(name, 0) :], weights, strict=True))
+    everywhere_found = everywhere([found], accelerator)
+    for name in names:
+        metrics[name][first.get(name, 0) :] = [_merged(name, [pair for one in everywhere_found for pair in one[name]])]
 
 
-def gather_metrics(metrics: Metrics, first: dict[str, int], accelerator: Any) -> None:
-    """Make the values that this process has appended after `first` those of all."""
-    names = sorted(name for name, values in metrics.items() if len(values) > first.get(name, 0))
-    mine = torch.tensor([[metrics[name][-1] for name in names]], device=accelerator.device)
-    for name, values in zip(names, accelerator.gather(mine).T.tolist(), strict=True):
-        metrics[name][-1] = _merged(name, values, [1] * len(values))
-
-
-def _merged(name: str, values: Sequence[float], weights: Sequence[int]) -> float:
-    """The weighted mean, or the extreme, by name."""
+def _merged(name: str, values: Sequence[tuple[float, int]]) -> float:
+    """The extreme or, weighted, the mean, by name."""
     if name.endswith("_min"):
-        return min(values)
+        return min(value for value, _ in values)
     if name.endswith("_max"):
-        return max(values)
-    return sum(v * w for v, w in zip(values, weights, strict=True)) / max(1, sum(weights))
+        return max(value for value, _ in values)
+    total = sum(weight for _, weight in values)
+    return sum(value * weight for value, weight in values if weight) / total if total else values[0][0]

@@ -28,10 +28,11 @@ from rlme.key_values import KeyValues
 from rlme.load_balance import RouterLogits, prepare_mixture
 from rlme.memory import keep_freed_memory, prefer_huge_pages
 from rlme.reward import MetaReward, Row
-from rlme.sampling import Sampled, sample
+from rlme.sampling import Sampled, length_to_stop, sample
 from rlme.scoring import completion_logps, plan_rows
 from rlme.training.order import PromptOrder
-from rlme.training.packs import apart, as_many_as_others, gather_metrics, merge_metrics, rows_of, share_of_batch
+from rlme.training.packs import apart, as_many_as_others, merge_metrics, rows_of, share_of_batch
+from rlme.tree_attention import check_adapter
 
 
 class RLMETrainer(ReadsCheckpoints, GRPOTrainer):
@@ -84,10 +85,14 @@ class RLMETrainer(ReadsCheckpoints, GRPOTrainer):
         self._sampled_logps: list[list[float]] | None = None
         self._routers: RouterLogits | None = None
         super().__init__(model, reward_funcs=[reward], **trl_arguments)
+        check_adapter(self.model)
         # The loss that keeps a model's experts evenly used: TRL's own needs whole rows, all in one pass.
         self.aux_loss_enabled: bool
         self._balance = self.router_aux_loss_coef if self.aux_loss_enabled and share_prefixes else 0.0
         self.aux_loss_enabled = self.aux_loss_enabled and not share_prefixes
+        # TRL would take completions that a stop string has ended for truncated ones.
+        self._mask_truncated = self.mask_truncated_completions
+        self.mask_truncated_completions: bool = False
         prepare_mixture(self.model)
         keep_freed_memory(self.accelerator.device)
         prefer_huge_pages(self.accelerator.device)
@@ -121,12 +126,25 @@ class RLMETrainer(ReadsCheckpoints, GRPOTrainer):
                 completion_ids, logprobs = super()._generate_single_turn(
                     prompt_ids, images, multimodal_fields, num_generations, has_tool_images
                 )
-                ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
-                self._truncated = [not ids or ids[-1] not in ends for ids in completion_ids]
+                completion_ids, logprobs = self._stopped(completion_ids, logprobs)
             else:
                 completion_ids, logprobs = self._sample(prompt_ids)
         self._count("sampled", sum(map(len, completion_ids)))
         return completion_ids, logprobs
+
+    def _stopped(self, completion_ids: list[list[int]], logprobs: Any) -> tuple[list[list[int]], Any]:
+        """Completions that others have sampled, cut after a stop string."""
+        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+        stops = [
+            length_to_stop(ids, self.stop_strings, self._tokenizer) if self.stop_strings else None
+            for ids in completion_ids
+        ]
+        self._truncated = [
+            stop is None and (not ids or ids[-1] not in ends) for ids, stop in zip(completion_ids, stops, strict=True)
+        ]
+        if logprobs is not None:
+            logprobs = [values[:stop] for values, stop in zip(logprobs, stops, strict=True)]
+        return [ids[:stop] for ids, stop in zip(completion_ids, stops, strict=True)], logprobs
 
     def _sample(self, prompt_ids: list[list[int]]) -> tuple[list[list[int]], None]:
         learning, seed = self.model.training, self._sampling_seed()
@@ -226,10 +244,11 @@ class RLMETrainer(ReadsCheckpoints, GRPOTrainer):
             row["sample"] = (self.accelerator.process_index * len(rows) + i) % self.num_generations
             row["truncated"] = self._truncated[i]
             row["advantage"] = None if row["reward"] is None else batch["advantages"][i].item()
-        missing = torch.tensor([row["reward"] is None for row in rows], device=self.accelerator.device)
-        if missing.any():
-            # TRL gives a missing reward advantage 0; its tokens must not count in the loss's normaliser either.
-            batch["completion_mask"] = batch["completion_mask"] * (~missing).unsqueeze(1)
+        # TRL gives a missing reward advantage 0; its tokens must not count in the loss's normaliser either.
+        left_out = [row["reward"] is None or (self._mask_truncated and row["truncated"]) for row in rows]
+        if any(left_out):
+            counts = ~torch.tensor(left_out, device=self.accelerator.device)
+            batch["completion_mask"] = batch["completion_mask"] * counts.unsqueeze(1)
         mask = batch["completion_mask"] * batch.get("tool_mask", 1)
         batch["num_items_in_batch"] = self.accelerator.gather(mask.sum()).sum()
         if self.model.training and self.on_rollouts is not None:
@@ -290,7 +309,7 @@ class RLMETrainer(ReadsCheckpoints, GRPOTrainer):
         model.train()
         inputs = self._prepare_inputs(inputs)
         with self._timed("update"):
-            packs = self._packs(inputs)
+            packs = self._packs(model, inputs)
             total = torch.zeros((), device=self.accelerator.device)
             tokens = [int(inputs["completion_mask"][rows].sum()) for rows in packs]
             batch_rows, batch_tokens = sum(map(len, packs)), max(1, sum(tokens))
@@ -310,9 +329,15 @@ class RLMETrainer(ReadsCheckpoints, GRPOTrainer):
                     extra = {"scale_wrt_gas": False} if self._deepspeed else {}
                     self.accelerator.backward(loss, **extra)
                 total += loss.detach()
-            merge_metrics(self._metrics["train"], first, tokens)
-            if several:
-                gather_metrics(self._metrics["train"], first, self.accelerator)
+            if len(packs) > 1:
+                merge_metrics(
+                    self._metrics["train"],
+                    first,
+                    tokens=tokens,
+                    rows=list(map(len, packs)),
+                    by_row=self.importance_sampling_level == "sequence",
+                    accelerator=self.accelerator,
+                )
         self._count("trained", sum(tokens))
         self._step += 1
         self._current_train_step_time += time.perf_counter() - started
@@ -348,15 +373,17 @@ class RLMETrainer(ReadsCheckpoints, GRPOTrainer):
         """Whether weights may be gathered in each forward pass: all processes then have to take as many."""
         return self._deepspeed or bool(self.is_fsdp_enabled)
 
-    def _packs(self, inputs: Any) -> list[list[int]]:
+    def _packs(self, model: Any, inputs: Any) -> list[list[int]]:
         """Rows of each forward-backward pass. One pass where the batch cannot be split exactly: DeepSpeed counts
-        backward passes itself, and TRL's entropy bonus is a mean over a pass."""
+        backward passes itself, TRL's entropy bonus is a mean over a pass, its choice of uncertain tokens one in it."""
         n = len(inputs["completion_ids"])
-        if self._deepspeed or self._entropy_bonus_enabled or not self.share_prefixes:
+        entropies = self._entropy_bonus_enabled or self.top_entropy_quantile < 1
+        if self._deepspeed or entropies or not self.share_prefixes:
             return [list(range(n))]
         prompts = [ids[m.bool()] for ids, m in zip(inputs["prompt_ids"], inputs["prompt_mask"], strict=True)]
         answers = [ids[m.bool()] for ids, m in zip(inputs["completion_ids"], inputs["completion_mask"], strict=True)]
-        packs = plan_rows(prompts, answers, self.token_budget)
+        with self.accelerator.autocast():
+            packs = plan_rows(model, prompts, answers, self.token_budget)
         return as_many_as_others(packs, self.accelerator) if self.accelerator.num_processes > 1 else packs
 
     # -- resume -----------------------------------------------------------------------------------------------------
