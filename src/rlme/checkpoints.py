@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from safetensors.torch import load_file
 
 
 class ReadsCheckpoints:
-    """Mixed into a trainer: full weights are read as `from_pretrained` reads them.
+    """Mixed into a trainer: weights that are saved under other names than the model's are read as well.
 
     Transformers' own resume takes the names in the file for those in the model. Those of many a mixture of experts
     differ (each expert is saved by itself, all are held in one tensor), and it goes on with experts as they were when
@@ -22,7 +24,12 @@ class ReadsCheckpoints:
         if is_peft_model(model) or trainer.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
             return
-        dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # which holds all of them exactly
-        saved = type(model).from_pretrained(resume_from_checkpoint, config=model.config, dtype=dtype)
-        model.load_state_dict(saved.state_dict())
+        written: dict[str, torch.Tensor] = {}
+        for file in Path(resume_from_checkpoint).glob("model*.safetensors"):
+            written |= load_file(file)
+        result = model.load_state_dict(written, strict=False)
+        if result.unexpected_keys:
+            dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+            dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # which holds all of them exactly
+            saved = type(model).from_pretrained(resume_from_checkpoint, config=model.config, dtype=dtype).state_dict()
+            model.load_state_dict({name: saved[name] for name in result.missing_keys}, strict=False)
