@@ -30,6 +30,7 @@ pytest.importorskip("prometheus_client")
 from rlme.adapters import client, openrlhf, verifiers, verl
 from rlme.adapters.client import MissingReward, RewardClient, RewardServerError
 from rlme.adapters.trl import RemoteReward
+from rlme.errors import InputError
 from tests.test_serve import Judge, Server, reward_of, serving
 
 QUERY = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\nBecause.<|im_end|>"
@@ -92,6 +93,12 @@ def test_trl() -> None:
     assert rewards == [expected("a"), expected("b"), None]
     assert metrics["reward_missing"] == pytest.approx(1 / 3)
     assert 0 < metrics["judge/hash/right/probability"] < 1
+
+
+def test_trl_names_a_column_that_is_not_there() -> None:
+    for options in ({"columns": ["source"]}, {"answer": "source"}):
+        with pytest.raises(InputError, match=r"column 'source', which the data set does not have.*its own: level$"):
+            RemoteReward(**options)(prompts=["a"], completions=["x"], level=["easy"], trainer_state=None)  # type: ignore[arg-type]
 
 
 def test_trl_trains_on_it(tiny_policy_dir: Path, tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BertConfig,
+    BloomConfig,
+    DogeConfig,
     Llama4TextConfig,
     LlamaConfig,
     MambaConfig,
@@ -17,6 +19,8 @@ from transformers import (
     ModernBertDecoderConfig,
     OpenAIGPTConfig,
     OPTConfig,
+    PhimoeConfig,
+    Qwen2MoeConfig,
     Qwen3NextConfig,
     RecurrentGemmaConfig,
 )
@@ -26,7 +30,7 @@ from rlme.cli import main
 from rlme.decoding import CachedRows, RecomputedRows, begin
 from rlme.errors import InputError
 from rlme.sampling import sample
-from rlme.scoring import completion_logps, continuation_logprobs
+from rlme.scoring import completion_logps, continuation_logprobs, plan_rows
 from tests.tiny_runs import read_metrics, read_rollouts, write_config
 
 SIZE = {"vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
@@ -223,3 +227,34 @@ def test_activations_that_cannot_be_computed_again(tiny_policy_dir, tmp_path, ca
     assert ended.value.code == 2
     assert "train.gradient_checkpointing is true, expected false: OpenAIGPT" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*correct, but")
+@pytest.mark.parametrize("config", [PhimoeConfig, DogeConfig, Qwen2MoeConfig])
+def test_a_window_that_only_the_mask_knows_of(config):
+    """The first text, on which both ways are compared, is shorter than the window."""
+    experts = {"num_experts_per_tok": 2, "num_local_experts": 4} if config is PhimoeConfig else {}
+    layers = {"use_sliding_window": True, "max_window_layers": 1} if config is Qwen2MoeConfig else {}
+    model = build(config(**SIZE, **HEADS, **SPECIAL, **experts, sliding_window=12, **layers))
+    continuation_logprobs(model, [[30, 31, 32, 33, 34]], [[[7], [8]]])
+    text = list(range(30, 80))
+    found, _ = continuation_logprobs(model, [text], [[[7], [8]]])
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([text])).logits[0, -1].log_softmax(-1)[[7, 8]]
+    torch.testing.assert_close(torch.tensor(found[0]), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("tokens", [([5], [6]), ([5], [6, 9]), ([5] * 6, [5, 5, 5])])
+def test_texts_without_a_gradient_in_attention_switch_nothing_off(tokens):
+    model = build(LlamaConfig(**SIZE, **HEADS, **SPECIAL))
+    prompt, completion = tokens
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        completion_logps(model, [prompt] * 2, [completion, completion[:1]])
+
+
+def test_passes_of_a_model_that_shares_nothing_keep_to_the_budget():
+    model = build(BloomConfig(**SIZE, **SPECIAL, n_head=4))
+    with pytest.warns(UserWarning, match="correct, but slower"):
+        packs = plan_rows(model, [list(range(30, 50))] * 6, [[7, 8, 9]] * 6, 50)
+    assert sorted(map(len, packs)) == [2, 2, 2]

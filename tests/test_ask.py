@@ -297,6 +297,7 @@ def test_the_command_reads_a_file_and_shows_hostile_text_as_text(tmp_path: Path,
     "arguments, message",
     [
         (["--label", "ok"], "--label names a column of --data"),
+        (["--set", "model=nothing-here", "--json", "/proc/x.json"], "'/proc/x.json' cannot be written"),
         (["--template", "papr"], "--template 'papr' is unknown: expected auto, paper"),
         (["--readout", "letters"], "--readout 'letters' is unknown"),
         (["--data", "nothing.jsonl"], "nothing.jsonl"),

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from rlme.cli import main
+from rlme.training.run_folder import RunFolder
 from tests.tiny_runs import PROMPTS, tiny_config, write_jsonl
 
 Change = Callable[[dict[str, Any], Path], None]
@@ -100,6 +101,14 @@ CASES: dict[str, tuple[Change, list[str]]] = {
         put("lora", {"target_modules": ["q_prj"]}),
         ["lora.target_modules", "q_prj", "q_proj"],
     ),
+    "TRL argument of another type": (put("trl", {"max_grad_norm": "abc"}), ["trl.max_grad_norm", "abc", "number"]),
+    "no accumulation": (put("trl", {"gradient_accumulation_steps": 0}), ["trl.gradient_accumulation_steps", "1"]),
+    "TRL argument that needs what is not there": (put("trl", {"report_to": "nosuch"}), ["trl.report_to", "nosuch"]),
+    "no number": (put("questions", {"a": {"ask": "Is it?", "weight": float("nan")}}), ["questions.a.weight", "nan"]),
+    "name with a slash": (put("questions", {"a/b": "Is it?"}), ["a/b", "slash"]),
+    "template without the question": (put("judging.template", "{{ completion }}?"), ["'correct'", "{{ question }}"]),
+    "template without the answer": (put("judging.template", "{{ question }}"), ["'correct'", "{{ completion }}"]),
+    "output under a file": (lambda c, f: put("output", str(f / "prompts.jsonl" / "run"))(c, f), ["output", "prompts"]),
     "wrong target": (put("questions", {"a": {"ask": "Is it?", "target": "MAYBE"}}), ["MAYBE", "YES"]),
 }
 
@@ -173,6 +182,47 @@ def test_a_run_folder_that_exists_is_never_overwritten(tiny_policy_dir: Path, tm
     sentence = run(["train", str(tmp_path / "c.yaml")], capsys)
     assert str(tmp_path / "run") in sentence and "--resume" in sentence
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == "mine"
+
+
+def test_a_check_finds_what_a_run_would_refuse(tiny_policy_dir: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tiny_config(tmp_path, tiny_policy_dir)))
+    main_ends(["check", str(tmp_path / "c.yaml")], 0)
+    assert "6 prompts" in capsys.readouterr().out
+    for change, told in (
+        ("data.prompt=qestion", "question"),
+        ("trl.nosuch=1", "trl.nosuch"),
+        ("data.train=no.csv", "data.train"),
+    ):
+        assert told in run(["check", str(tmp_path / "c.yaml"), "--set", change], capsys)
+
+
+def main_ends(arguments: list[str], code: int) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert (ended.value.code or 0) == code
+
+
+def test_what_a_run_goes_on_with(tiny_policy_dir: Path, tmp_path: Path, capsys: Any) -> None:
+    """Not with other prompts, beside another process, or from a broken checkpoint; more steps are written down."""
+    config = tiny_config(tmp_path, tiny_policy_dir, train={"checkpoint_every": 1})
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    main_ends(["train", str(tmp_path / "c.yaml")], 0)
+    resume = ["train", "--resume", str(tmp_path / "run"), "--set", "train.steps=3"]
+    capsys.readouterr()
+    kept = (tmp_path / "prompts.jsonl").read_text()
+    write_jsonl(tmp_path / "prompts.jsonl", PROMPTS[:3])
+    assert "data.train" in run(resume, capsys)
+    (tmp_path / "prompts.jsonl").write_text(kept)
+    lock = RunFolder(tmp_path / "run").lock()
+    assert "another process" in run(resume, capsys)
+    lock.release()
+    weights = tmp_path / "run" / "checkpoints" / "checkpoint-2" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(b"")
+    assert "checkpoint-2" in run(resume, capsys)
+    weights.write_bytes(whole)
+    main_ends(resume, 0)
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["train"]["steps"] == 3
 
 
 def test_resume_of_what_is_no_run(tmp_path: Path, capsys: Any) -> None:

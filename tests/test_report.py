@@ -1,6 +1,7 @@
 """Reports without a browser: reading whatever is in a run's folder, findings, samples, comparison, terminal."""
 
 import json
+import os
 import re
 from io import StringIO
 from pathlib import Path
@@ -13,13 +14,16 @@ from rich.console import Console
 
 from rlme.config import Config
 from rlme.errors import InputError
+from rlme.report.cli import compare as compare_command
+from rlme.report.cli import report as report_command
 from rlme.report.compare import group_runs, measures, over_seeds, write_comparison
-from rlme.report.content import charts, duration, findings, judges, spending, tiles
+from rlme.report.content import charts, duration, failures, findings, judges, spending, tiles
 from rlme.report.html import embed
 from rlme.report.page_data import page_data, write_report
 from rlme.report.run import read_run
 from rlme.report.samples import choose, marks
 from rlme.report.terminal import plain, print_comparison, print_overview, sparkline, watch
+from rlme.result_files import check_writable
 from tests.synthetic_run import HOSTILE, write_run
 
 
@@ -268,6 +272,62 @@ def test_compare_prints_its_table_within_80_columns(run_folder: Path, tmp_path: 
     assert "B  train.steps=10, train.learning_rate=1e-06: other, other" in text
     assert re.search(r"steps +60 +10 ± 0 +-50", text)
     assert "…" not in text
+
+
+def test_compare_counts_the_steps_that_were_done(run_folder: Path, tmp_path: Path) -> None:
+    """A run may have ended early, or gone on for longer than its configuration says."""
+    for name, planned in (("a", 400), ("b", 5)):
+        (tmp_path / name).mkdir()
+        config = yaml.safe_load((run_folder / "config.yaml").read_text())
+        config["train"]["steps"] = planned
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(config))
+        (tmp_path / name / "metrics.jsonl").write_text('{"step": 14, "reward": -1.0}\n{"step": 15, "reward": -0.5}\n')
+    _, rows = write_comparison([tmp_path / "a", tmp_path / "b"], tmp_path / "c.html")
+    assert rows[0] == ["steps", "15", "15", "+0"]
+    tables = {table["title"]: table for table in embedded(tmp_path / "c.html")["tables"]}
+    assert [row[2] for row in tables["Runs"]["rows"]] == ["15", "15"]
+    assert tables["Settings that differ"]["rows"] == [["train.steps", "400", "5"]]
+
+
+def test_names_with_slashes_and_a_question_called_failures(tmp_path: Path) -> None:
+    record = {
+        "step": 1,
+        "reward": -1.0,
+        "judge/org/model/failures/probability": 0.5,
+        "judge/org/model/failures/failures/timeout": 2,
+        "judge/org/model/right/failures/refused": 1,
+        "eval/judge/org/model/right/probability": 0.5,
+        "judge/agreement": 1.0,
+        "question/right/score": -1.0,
+    }
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    run = read_run(tmp_path)
+    assert judges(run) == [("org/model", "failures"), ("org/model", "right")]
+    assert failures(run)[0] == {"timeout": 2, "refused": 1}
+    assert "Question: right" in [chart.title for chart in charts(run)]
+
+
+@pytest.mark.parametrize("command", [report_command, compare_command])
+def test_a_page_that_cannot_be_written_is_refused_before_the_work(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any
+) -> None:
+    monkeypatch.setattr("rlme.report.html.render", lambda *_: pytest.fail("this was the work"))
+    runs = run_folder if command is report_command else [run_folder, run_folder]
+    for output, table in (("/proc/x.html", None), (tmp_path / "page.html", tmp_path)):
+        with pytest.raises(InputError, match="cannot be written"):
+            command(runs, Path(output), table)
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_files_are_tried_without_leaving_a_trace(tmp_path: Path) -> None:
+    kept, link, pipe = tmp_path / "kept.json", tmp_path / "link.json", tmp_path / "pipe"
+    kept.write_text("old")
+    link.symlink_to(tmp_path / "target.json")
+    os.mkfifo(pipe)
+    check_writable(None, kept, link, pipe, tmp_path / "new" / "table.json")
+    assert kept.read_text() == "old"
+    assert link.is_symlink() and not link.exists()
+    assert not any((tmp_path / "new").iterdir())
 
 
 def test_compare_wants_two_runs(run_folder: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from rlme.cast_weights import weights_in
+from rlme.errors import InputError
 from rlme.sampling import sample
 from rlme.scoring import completion_logps
 
@@ -140,6 +141,37 @@ def test_stop_strings_end_a_completion(tiny_policy_dir):
         assert before.ids[: len(after.ids)] == after.ids
         assert after.finished == (stop in text or after.ids[-1] == 2)
         assert stop not in tokenizer.decode(after.ids[:-1])
+
+
+def test_stop_strings_are_looked_for_in_completions_alone(tiny_policy_dir):
+    """Not in the prompt, nor in the padding beside a longer one, which repeats a token of it."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_policy_dir)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_policy_dir)
+    (a,) = tokenizer.encode("a", add_special_tokens=False)
+    with torch.no_grad():  # it says a, and nothing else
+        model.lm_head.weight.zero_()
+        model.model.norm.weight.zero_()
+        head = torch.nn.Linear(model.config.hidden_size, model.config.vocab_size)
+        head.weight.zero_()
+        head.bias.fill_(-100.0)[a] = 0.0
+    model.set_output_embeddings(head)
+    options = {"max_new_tokens": 8, "eos_token_ids": [2], "stop_strings": ["aaa"], "tokenizer": tokenizer}
+    groups = sample(model, [[a], [a] * 9], 1, **options)
+    assert [one.ids for group in groups for one in group] == [[a] * 3] * 2
+
+
+def test_what_is_no_option_is_refused(llama):
+    for wrong in ({"top_p": 0.0}, {"temperature": -1.0}, {"top_k": -1}, {"max_rows": 0}, {"seed": -1}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            sample(llama, PROMPTS, 1, **PLAIN, **wrong)
+
+
+def test_adapters_with_tokens_of_their_own_are_refused(llama):
+    from peft import PrefixTuningConfig, get_peft_model
+
+    model = get_peft_model(llama, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(InputError, match="PREFIX_TUNING"):
+        sample(model, PROMPTS, 1, **PLAIN)
 
 
 def test_a_model_that_fails_with_cast_weights_keeps_its_own(llama, monkeypatch):

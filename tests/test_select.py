@@ -165,6 +165,43 @@ def test_chosen_answers_are_written_with_abstention(tmp_path: Path) -> None:
     assert [line["abstain"] for line in lines] == [line["trust"] < threshold for line in lines]
 
 
+def test_the_best_way_is_right_most_often_and_selective_auc_only_breaks_ties() -> None:
+    groups = [group(0.9 - i / 100, 0.1, right=1) for i in range(4)] + [group(0.8, 0.2, right=0)]
+    always, lone = [(1, 0.5)] * 4 + [(0, 0.5)], [(1, 0.7), None, None, None, None]
+    surer = [(1, 0.9), (1, 0.8), (0, 0.1), (1, 0.7), (0, 0.6)]
+    chosen = [
+        Chosen("worse", "", [(0, 0.1 * i) for i in range(5)]),
+        Chosen("lone", "", lone),
+        Chosen("none", "", [None] * 5),
+        Chosen("unsure", "", [(c, 1 - t) for c, t in surer]),
+        Chosen("surer", "", surer),
+        Chosen("always", "", always),
+    ]
+    report = evaluate(groups, chosen, accuracy=0.9)
+    assert [m.name for m in report.methods] == ["always", "surer", "unsure", "worse", "lone", "none"]
+    assert report.methods[0].selective_auc is None
+    assert (report.methods[0].coverage, report.methods[0].kept_accuracy) == (1, 1)  # trust is constant, not missing
+    assert "Best is always: right in 100.0%." in sentences(report)
+
+
+@pytest.mark.parametrize(
+    "labels, why",
+    [
+        ([False, False], "all 2 answers are wrong"),
+        ([True, True], "all 2 answers are right"),
+        ([True, None], "of 1 of the 2 answers it is not known whether they are right"),
+        ([None, None], "it is not known which answers are right"),
+    ],
+)
+def test_why_nothing_is_measured_is_said(labels: list[bool | None], why: str) -> None:
+    groups = [[Candidate(Sample("What?", "x"), right) for right in labels]]
+    report = evaluate(groups, [])
+    assert f"2 answers each; {why}" in sentences(report)[0]
+    assert "--label" not in sentences(report)[0] or labels == [None, None]
+    with pytest.raises(InputError, match=f"--accuracy needs to know .*{why}"):
+        evaluate(groups, [], accuracy=0.5)
+
+
 def test_too_many_answers_and_no_question() -> None:
     with pytest.raises(InputError, match="at most 25"):
         choose([group(*[0.5] * 26)], QUESTION, [RuleJudge()], [1.0], WAY)
@@ -202,3 +239,7 @@ def test_the_command_end_to_end(tmp_path: Path, tiny_policy_dir: Path) -> None:
     assert len((tmp_path / "o.jsonl").read_text().splitlines()) == 6
     sampled = invoke(str(path), "--prompts", "2", "--samples", "2")
     assert sampled.exit_code == 0, sampled.output
+    assert "all 4 answers are wrong" in " ".join(sampled.output.split())  # data.answer is known
+    for option in ("--output", "--json"):
+        refused = invoke(str(path), "--set", "model=nothing-here", option, str(source / "file-is-no-folder"))
+        assert isinstance(refused.exception, InputError) and "cannot be written" in str(refused.exception)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import random
+import re
 import socket
 import threading
 import time
@@ -321,6 +322,40 @@ def test_beyond_loopback_only_with_a_token(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.delenv("RLME_SERVE_TOKEN", raising=False)
     with pytest.raises(InputError, match=r"0\.0\.0\.0 .*bearer token"):
         serve(tmp_path / "c.yaml", host="0.0.0.0", token_env="RLME_SERVE_TOKEN")
+
+
+def test_the_port_is_taken_before_anything_is_loaded(tmp_path: Path) -> None:
+    from rlme.serve.cli import serve
+
+    path = tmp_path / "c.yaml"
+    path.write_text("questions: {q: 'Right?'}\nevaluators: [nothing-here]\n")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=rf"--port {port}: Address already in use.*expected .* a free port"):
+            serve(path, port=port, token_env="RLME_SERVE_TOKEN")
+    with pytest.raises(InputError, match="model 'nothing-here'"):
+        serve(path, port=port, token_env="RLME_SERVE_TOKEN")
+
+
+def test_the_printed_address_is_the_one_that_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rlme.serve.cli import serve
+    from tests.fake_endpoint import fake_endpoint
+
+    def run(server: Any, sockets: list[socket.socket]) -> None:
+        port = re.findall(r"http://127\.0\.0\.1:(\d+) ", capsys.readouterr().out)[0]
+        socket.create_connection(("127.0.0.1", int(port)), timeout=5).close()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(uvicorn.Server, "run", run)
+    with fake_endpoint("hosted") as endpoint:
+        path = tmp_path / "c.yaml"
+        path.write_text(
+            f"questions: {{q: 'Right?'}}\nevaluators: {{endpoint: {{base_url: '{endpoint.url}'}}}}\n"
+            "judging: {template: judge, readout: yes_no}\n"
+        )
+        serve(path, port=0, token_env="RLME_SERVE_TOKEN", max_body_mb=1, max_batch=8, max_waiting=8, grace=1)
 
 
 def test_cache_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -237,6 +237,44 @@ def test_packs_do_not_change_the_update(loss: str, tiny_policy_dir: Path, tmp_pa
         assert torch.allclose(tensor, weights[1][name], atol=2e-5), name
 
 
+def test_packs_change_neither_ratios_nor_which_tokens_are_uncertain(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    for name, changes in {
+        "ratios": {"loss": "grpo", "clip": 0.001, "updates_per_batch": 3},
+        "uncertain": {},
+    }.items():
+        runs = []
+        for budget in (8192, 64):
+            folder = tmp_path / f"{name}-{budget}"
+            folder.mkdir()
+            config = write_config(
+                folder,
+                tiny_policy_dir,
+                train={"steps": 3, "learning_rate": 1e-2, "token_budget": budget, **changes},
+            )
+            settings = ["trl.adam_epsilon=1e-3", *(["trl.top_entropy_quantile=0.3"] if name == "uncertain" else [])]
+            train(str(config), *(part for setting in settings for part in ("--set", setting)))
+            runs.append(read_metrics(folder / "run"))
+        for whole, packs in zip(*runs, strict=True):
+            for key in ("loss", "entropy", "clip_ratio", "grad_norm"):
+                assert packs.get(key, 0) == pytest.approx(whole.get(key, 0), abs=1e-4), (name, key)
+        if name == "ratios":
+            assert any(0 < line["clip_ratio"] < 1 for line in runs[0])
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_stop_string_ends_a_completion_whoever_samples_it(share: bool, tiny_policy_dir: Path, tmp_path: Path) -> None:
+    """And it counts as finished: it is not left out with the truncated ones."""
+    stops = ["e", "a", "o", "1"]
+    changes = {"stop": stops, "share_prefixes": share, "max_completion_tokens": 24, "group_size": 4}
+    config = write_config(tmp_path, tiny_policy_dir, train={**changes, "temperature": 1.5})
+    train(str(config), "--set", "trl.mask_truncated_completions=true")
+    rows = read_rollouts(tmp_path / "run")
+    ended = [row for row in rows if any(stop in row["completion"] for stop in stops)]
+    assert ended and not any(row["truncated"] for row in ended)
+    assert all(row["tokens"] < 24 for row in ended)
+    assert any(line["grad_norm"] > 0 for line in read_metrics(tmp_path / "run"))
+
+
 def test_too_many_failed_judgements_stop_the_run_with_its_state(
     tiny_policy_dir: Path, tmp_path: Path, capsys: Any
 ) -> None:

@@ -72,9 +72,11 @@ def ask(
     from rlme.evaluators.build import make_judging, make_questions
     from rlme.judging import check_templates
     from rlme.questions import Question
+    from rlme.result_files import check_writable
 
     console = Console()
     settings = read_config(config, overrides or [])
+    check_writable(table)
     questions = [*make_questions(settings.questions), *(Question(text) for text in dict.fromkeys(wording or []))]
     if not questions:
         raise InputError("there is no question: the configuration has none, and no --ask was given")
@@ -120,10 +122,13 @@ def select(
     from rlme import select as selecting
     from rlme.commands import read_config
     from rlme.evaluators.build import make_judging, make_questions
+    from rlme.result_files import check_writable
 
     console = Console()
     settings = read_config(config, overrides or [])
+    check_writable(output, table)
     groups, evaluators = _load(settings, data, completion, label, prompts, samples, console)
+    selecting.evaluate(groups, [], accuracy=accuracy)  # said before the judging when labels are wanted and missing
     with _bar(console) as bar:
         task = bar.add_task("judging", total=len(evaluators) * len(groups))
         chosen = selecting.choose(

@@ -156,6 +156,9 @@ def main(arguments: list[str] | None = None) -> Any:
     except RunStopped as error:
         _say("stopped", str(error))
         sys.exit(3)
+    except (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
+        _say("error", f"{error.filename}: {error.strerror}")
+        sys.exit(2)
     except KeyboardInterrupt:
         _say("stopped", "interrupted; the last checkpoint stays")
         sys.exit(130)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from importlib import resources
@@ -41,7 +42,7 @@ def find_config(name: str) -> Path:
 
 
 def read_config(name: str, overrides: Sequence[str] = (), output: Path | None = None) -> Config:
-    """Read, override and check a configuration. Data files may be given relative to the configuration's folder."""
+    """Read, override and check a configuration. Data and models may be given relative to the configuration's folder."""
     path = find_config(name)
     content = apply_overrides(read_yaml(path), overrides)
     if output is not None:
@@ -51,11 +52,12 @@ def read_config(name: str, overrides: Sequence[str] = (), output: Path | None = 
     if "judge" in content and "questions" not in content:
         raise InputError(f"{path} has a `judge` section: it is a file for rlme align, not for rlme train")
     config = validate(Config, content, str(path))
-    for key in ("train", "eval"):
-        value = getattr(config.data, key)
+    places = [(config.data, "train"), (config.data, "eval"), (config.model, "path")]
+    for section, key in (*places, *((evaluator, "model") for evaluator in config.evaluators)):
+        value = getattr(section, key)
         beside = path.parent / value if value else None
-        if beside is not None and not Path(value).exists() and beside.is_file():
-            setattr(config.data, key, str(beside))
+        if beside is not None and not Path(value).exists() and beside.exists():
+            setattr(section, key, str(beside))
     return config
 
 
@@ -65,6 +67,7 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|transformers|trl|peft|accelerate)\..*")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging as transformers_logging
 
@@ -80,11 +83,9 @@ def _console() -> Console:
 def train_config(name: str, overrides: Sequence[str], output: Path | None, table: Path | None) -> Path:
     """`rlme train CONFIG`."""
     config = read_config(name, overrides, output)
-    if config.folder.exists() and (config.folder.is_file() or any(config.folder.iterdir())):
-        raise InputError(  # said before a model is loaded
-            f"{config.folder} exists already: choose another folder with --output, or go on with it: "
-            f"rlme train --resume {config.folder}"
-        )
+    from rlme.training.run_folder import RunFolder
+
+    RunFolder(config.folder).check_new()  # said before a model is loaded
     _quiet()
     console = _console()
     from rlme.training.run import train
@@ -103,6 +104,8 @@ RESUMABLE = (
     "train.on_alarm",
     "train.token_budget",
     "reward.max_failure_rate",
+    *(f"evaluators.N.endpoint.{key}" for key in ("base_url", "api_key_env", "concurrency", "deadline", "retries")),
+    *(f"evaluators.N.endpoint.{key}" for key in ("requests_per_minute", "tokens_per_minute", "outage", "max_cost")),
 )
 
 
@@ -112,11 +115,13 @@ def resume_run(path: Path, overrides: Sequence[str], table: Path | None) -> None
 
     folder = RunFolder.open(path)
     content = read_yaml(folder.config)
-    content.pop("run_info", None)
+    info = content.pop("run_info", {})
     for item in overrides:
-        if item.partition("=")[0].strip() not in RESUMABLE:
+        key = re.sub(r"\.\d+\.", ".N.", item.partition("=")[0].strip())
+        if key not in RESUMABLE:
             raise InputError(f"--set {item!r}: a run goes on as it was; only {', '.join(RESUMABLE)} can change")
     config = validate(Config, apply_overrides(content, overrides), str(folder.config))
+    changed = {**content, "run_info": info} if overrides else None
     _quiet()
     console = _console()
     from rlme.training.run import train
@@ -124,7 +129,7 @@ def resume_run(path: Path, overrides: Sequence[str], table: Path | None) -> None
     step, _ = folder.last_checkpoint()
     where = f"after step {step}" if step else "from the start (no checkpoint was written yet)"
     console.print(f"resuming {path} {where}", markup=False, highlight=False)
-    finish(train(config, console, resume=folder).path, console, table)
+    finish(train(config, console, resume=folder, changed=changed).path, console, table)
 
 
 def finish(path: Path, console: Console, table: Path | None) -> None:
@@ -147,8 +152,9 @@ def finish(path: Path, console: Console, table: Path | None) -> None:
 
 def before_after(records: Sequence[dict[str, Any]], window: int = 5) -> list[dict[str, Any]]:
     """Means over the first and the last `window` values of what people look at."""
-    wanted = ("reward", "gold/accuracy", "completions/mean_tokens", "eval/reward", "eval/gold/accuracy")
-    keys = list(wanted) + sorted({k for r in records for k in r if k.endswith("/probability")})
+    wanted = ["reward", "reward/judged", "gold/accuracy", "completions/mean_tokens"]
+    wanted += ["eval/reward", "eval/reward/judged", "eval/gold/accuracy"]
+    keys = wanted + sorted({k for r in records for k in r if k.endswith("/probability")})
     rows = []
     for key in keys:
         values = [r[key] for r in records if key in r]
@@ -194,6 +200,11 @@ def check_config(name: str, overrides: Sequence[str], *, show: bool) -> None:
     if show:
         print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), end="")
     else:
+        from rlme.training.check import check_file
+
+        _quiet()
+        for sentence in check_file(config):
+            print(sentence)
         print(f"{name}: no problem found")
 
 

@@ -15,7 +15,7 @@ from rlme.evaluators.endpoint_config import EndpointConfig
 class Section(BaseModel):
     """A mapping in the file: closed (a misspelt key is an error), documented by the strings under its fields."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False)
 
 
 def short_for(field: str) -> BeforeValidator:
@@ -365,6 +365,9 @@ class Config(Section):
                     f"reward.{key} is {value!r}, which needs known answers: set data.answer to their column"
                 )
         names = [e.label for e in self.evaluators]
+        for kind, given in (("a question", self.questions), ("an evaluator", names)):
+            if wrong := [name for name in given if not name.strip() or "/" in name]:
+                raise ValueError(f"the name of {kind} is {wrong[0]!r}, expected at least one letter and no slash")
         if duplicate := next((n for n in names if names.count(n) > 1), None):
             raise ValueError(f"two evaluators are called {duplicate!r}: give one of them another `name`")
         return self

@@ -83,10 +83,12 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[s
             elif not isinstance(child, dict | list):
                 # `model: gpt2` is short for `model: {path: gpt2}`: expand it so that the other keys can be set
                 short = {"model": "path", "data": "train", "reward": "mode"}
-                field = short.get(key) if depth == 0 else "ask" if parents[0] == "questions" else None
+                items = {"questions": "ask", "evaluators": "model"}
+                field = short.get(key) if depth == 0 else items.get(parents[0]) if depth == 1 else None
                 if field is None:
                     raise InputError(f"--set {item!r}: {'.'.join(parents[: depth + 1])} is {child!r}, not a section")
-                child = node[key] = {field: child}
+                child = {field: child}
+                node[int(key) if isinstance(node, list) else key] = child
             node = child
         value = parse_yaml(text, f"--set {item!r}")
         if isinstance(node, list):
@@ -132,6 +134,8 @@ def describe(error: ErrorDetails, schema: type[BaseModel]) -> str:
         case "value_error":
             message = error["msg"].removeprefix("Value error, ")
             return message if key == "the file" else f"{key}: {message}"
+        case "model_type" | "model_attributes_type" | "dict_type":
+            return f"{key} is {_short(value)}, expected a section: `key: value` lines under it"
         case "literal_error":
             return f"{key} is {value!r}, expected one of {error.get('ctx', {}).get('expected')}"
         case _:

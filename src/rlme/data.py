@@ -3,6 +3,7 @@
 Nothing is dropped or merged without being counted in the `Report`, and no prompt is ever cut.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -84,6 +85,11 @@ class PromptSet:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def digest(self) -> str:
+        """sha256 (hex) over prompts, gold and columns: another for any other set."""
+        told = [[prompt.prompt, prompt.gold, prompt.columns] for prompt in self.prompts]
+        return hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()
 
     def require_gold(self) -> None:
         """InputError if any prompt has no gold answer (a verifiable reward and anchors need all of them)."""
@@ -196,7 +202,8 @@ def build_prompts(
     if answer is not None and len(report.without_gold) == len(prompts):
         raise InputError(
             f"{rows.source}: data.answer {answer!r} gives no gold answer for any row"
-            + (f" (looked for {answer_from!r})." if answer_from else ".")
+            + (f" (looked for {answer_from!r})" if answer_from else "")
+            + (f" that is kept: {'; '.join(report.sentences())}." if len(prompts) < report.rows else ".")
         )
     return PromptSet(prompts, gold_columns, report)
 

@@ -23,6 +23,7 @@ TEMPLATE_VARIABLES = (
     "prompt", "completion", "context", "answer", "n_chars", "n_words", "n_tokens",
     "question", "reply_format", "anchor", "previous",
 )  # fmt: skip
+OF_THE_ANSWER = {"completion", "answer", "n_chars", "n_words", "n_tokens"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +135,14 @@ def check_templates(questions: Sequence[Question], judging: Judging, columns: Se
         for chat in (False, True):
             template = find_template(question.template or judging.template, chat=chat)
             check_variables(template.text, known, where=f"{where}, template")
+            shown = undeclared(template.text)
+            if "question" not in shown:
+                raise InputError(f"{where}, template: it does not show {{{{ question }}}}, so nothing would be asked")
+            if template.kind != "turn" and not (shown | undeclared(question.ask)) & OF_THE_ANSWER:
+                raise InputError(
+                    f"{where}, template: it does not show {{{{ completion }}}} (or {{{{ answer }}}}), so all would be "
+                    "judged alike"
+                )
 
 
 def judge(

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import tempfile
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -306,7 +307,7 @@ def _as_input_error(source: ModelSource, part: str = "model") -> Iterator[None]:
         if source.kind == "hub":
             raise InputError(
                 f"{part} {source.name!r} is neither a folder or .gguf file here nor to be had from the "
-                f"Hugging Face hub ({reason[:200]})."
+                f"Hugging Face hub ({textwrap.shorten(reason, 200, placeholder=' ...')})."
             ) from None
         raise InputError(f"{part} {source.name!r} cannot be loaded ({reason[:300]}).") from None
 

@@ -77,12 +77,14 @@ class Report:
     answers: float
     """Mean answers per prompt."""
     methods: list[Method]
-    """Best first (by selective-AUC); empty without labels."""
+    """Best first: by how many choices are right, equal ones by selective-AUC; empty without labels."""
     single: float | None = None
     """Accuracy of one answer taken at random."""
     possible: float | None = None
     """Share of the prompts with at least one right answer: the ceiling of any choice."""
     wanted: float | None = None
+    unlabelled: str = ""
+    """Why nothing is measured; empty when it is."""
 
     def json(self) -> dict[str, Any]:
         """What `--json` writes."""
@@ -234,7 +236,7 @@ def _letter_probabilities(
 def evaluate(
     groups: Sequence[Sequence[Candidate]], chosen: Sequence[Chosen], *, accuracy: float | None = None, seed: int = 0
 ) -> Report:
-    """Measure every way to choose on labelled groups; without labels the report has only the counts.
+    """Measure every way to choose on labelled groups; without labels the report has the counts, and why.
 
     `accuracy`: set the threshold for abstaining so that this share of the given answers is right, on half of the
     prompts (chosen by `seed`), and measure it on the other half.
@@ -242,8 +244,9 @@ def evaluate(
     n = len(groups)
     report = Report(n, fmean([len(g) for g in groups]) if groups else 0.0, [], wanted=accuracy)
     if not labelled(groups):
+        report.unlabelled = _unlabelled(groups)
         if accuracy is not None:
-            raise InputError("--accuracy needs to know which answers are right: give --label, or data.answer")
+            raise InputError(f"--accuracy needs to know right answers and wrong ones, and {report.unlabelled}")
         return report
     report.single = fmean([fmean([bool(c.right) for c in group]) for group in groups])
     report.possible = fmean([any(c.right for c in group) for group in groups])
@@ -263,16 +266,32 @@ def evaluate(
             method.curve = coverage_curve(pairs)
             method.selective_auc = fmean([a for _, a in method.curve])
             method.at_half = method.curve[max(0, round(len(method.curve) / 2) - 1)][1]
-            if accuracy is not None:
-                method.threshold = threshold_for([trusted[g] for g in half if g in trusted], accuracy)
-                if method.threshold is not None:
-                    rest = [g for g in range(n) if g not in half]
-                    kept = [right for g in rest if g in trusted for s, right in [trusted[g]] if s >= method.threshold]
-                    method.coverage = len(kept) / len(rest)
-                    method.kept_accuracy = fmean(kept) if kept else None
+        if accuracy is not None:
+            method.threshold = threshold_for([trusted[g] for g in half if g in trusted], accuracy)
+            if method.threshold is not None:
+                rest = [g for g in range(n) if g not in half]
+                kept = [right for g in rest if g in trusted for s, right in [trusted[g]] if s >= method.threshold]
+                method.coverage = len(kept) / len(rest)
+                method.kept_accuracy = fmean(kept) if kept else None
         report.methods.append(method)
-    report.methods.sort(key=lambda m: (m.selective_auc is None, -(m.selective_auc or m.accuracy.value)))
+    report.methods.sort(key=lambda m: (-_right(m, n), -(m.selective_auc or 0.0)))
     return report
+
+
+def _right(method: Method, prompts: int) -> int:
+    """Right choices of all prompts: a way that could judge only one, and was right there, is not the best."""
+    judged = prompts - method.missing
+    return round(method.accuracy.value * judged) if judged else 0
+
+
+def _unlabelled(groups: Sequence[Sequence[Candidate]]) -> str:
+    labels = [c.right for group in groups for c in group]
+    unknown = labels.count(None)
+    if unknown == len(labels):
+        return "it is not known which answers are right (--label, or data.answer)"
+    if unknown:
+        return f"of {unknown} of the {len(labels)} answers it is not known whether they are right"
+    return f"all {len(labels)} answers are {'right' if labels[0] else 'wrong'}"
 
 
 def calibration_auc(pairs: Sequence[tuple[float, bool]]) -> float | None:
@@ -332,8 +351,8 @@ def sentences(report: Report) -> list[str]:
     """The report in words."""
     if not report.methods:
         return [
-            f"{report.prompts} prompts with {report.answers:g} answers each. It is not known which answers are right "
-            "(--label, or data.answer), so nothing is measured and no threshold can be set."
+            f"{report.prompts} prompts with {report.answers:g} answers each; {report.unlabelled}, so nothing is "
+            "measured and no threshold can be set."
         ]
     assert report.single is not None and report.possible is not None
     best = report.methods[0]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rlme.adapters.client import RewardClient
+from rlme.errors import InputError
 
 
 class RemoteReward:
@@ -39,6 +40,13 @@ class RemoteReward:
         **columns: Any,
     ) -> list[float | None]:
         """Rewards of a batch."""
+        for name in (*self.columns, *([self.answer] if self.answer is not None else [])):
+            if name not in columns:
+                there = [column for column, values in columns.items() if isinstance(values, list)]
+                raise InputError(
+                    f"RemoteReward is to send column {name!r}, which the data set does not have; expected in `columns` "
+                    f"and `answer` are names among its own: {', '.join(there) or '(none)'}"
+                )
         items = []
         for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             text = completion if isinstance(completion, str) else str(completion[-1].get("content") or "")

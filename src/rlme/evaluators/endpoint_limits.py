@@ -80,7 +80,7 @@ class Account:
         if self.max_cost is not None and spent + self._reserved + money > self.max_cost:
             raise RunStopped(
                 f"the evaluator's cost has reached max_cost: {spent:.4g} spent of {self.max_cost:.4g}, and the "
-                "next call could exceed it; raise `max_cost` and resume to go on"
+                "next call could exceed it; to go on, raise the evaluator's endpoint.max_cost"
             )
         self._reserved += money
         return money

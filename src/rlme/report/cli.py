@@ -23,7 +23,9 @@ def report(
     """
     from rlme.report.page_data import write_report
     from rlme.report.terminal import print_overview, write_numbers
+    from rlme.result_files import check_writable
 
+    check_writable(table)
     path = write_report(run, output)
     print_overview(run)
     if table is not None:

@@ -16,6 +16,7 @@ from rlme.report import html
 from rlme.report.content import WINDOW, Chart, Finding, Series, best_heldout, judges, short, spending, start_and_now
 from rlme.report.page_data import SMOOTH, chart_data
 from rlme.report.run import Run, read_run
+from rlme.result_files import check_writable
 from rlme.training.monitors import GOLD, spoken
 
 IGNORED = ("train.seed", "output")
@@ -46,9 +47,9 @@ def write_comparison(
     if len(folders) < 2:
         raise InputError(f"rlme compare needs two or more runs, got {len(folders)}")
     runs = [read_run(folder) for folder in folders]
+    check_writable(output, table)
     arms, differing = group_runs(runs)
     table_of = measures(arms)
-    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_bytes(html.render("comparison - rlme", _page(runs, arms, differing, table_of)))
     if table is not None:
         content = {

@@ -5,6 +5,7 @@ Plain data. The page draws it, the terminal prints it, and so both say the same.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -90,16 +91,13 @@ def duration(seconds: float, *, rough: bool = False) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+_JUDGED = re.compile(r"(eval/)?judge/(.+)/([^/]+)/(?:score|probability|mass|bounded|failures/([^/]+))", re.DOTALL)
+"""Metrics of judgements. An evaluator's name may be a model's (org/name), a question's has no slash."""
+
+
 def judges(run: Run) -> list[tuple[str, str]]:
-    """(evaluator, question) pairs that were asked, in order of appearance; names may not contain a slash twice."""
-    pairs: dict[tuple[str, str], None] = {}
-    for key in run.keys:
-        parts = key.removeprefix("eval/").split("/")
-        if parts[0] == "judge" and len(parts) >= 4:
-            end = -2 if parts[-2] == "failures" else -1
-            if len(parts) + end > 2:
-                pairs["/".join(parts[1 : len(parts) + end - 1]), parts[len(parts) + end - 1]] = None
-    return list(pairs)
+    """(evaluator, question) pairs that were asked, in order of appearance."""
+    return list(dict.fromkeys((found[2], found[3]) for key in run.keys if (found := _JUDGED.fullmatch(key))))
 
 
 def _series(run: Run, key: str, name: str, **style: bool | int) -> Iterable[Series]:
@@ -237,8 +235,9 @@ def failures(run: Run) -> tuple[Counter[str], float]:
     kinds: Counter[str] = Counter()
     for record in run.training:
         for key, value in record.items():
-            if key.startswith("judge/") and "/failures/" in key:
-                kinds[key.rsplit("/", 1)[1]] += int(value)
+            found = _JUDGED.fullmatch(key)
+            if found and not found[1] and found[4]:
+                kinds[found[4]] += int(value)
     asked = run.completions * len(judges(run))
     return kinds, kinds.total() / asked if asked else 0.0
 

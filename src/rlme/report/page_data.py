@@ -12,6 +12,7 @@ from rlme.report import html
 from rlme.report.content import Chart, Finding, Series, best_heldout, charts, duration, findings, spending, tiles
 from rlme.report.run import Run, read_run
 from rlme.report.samples import MARKS, choose
+from rlme.result_files import check_writable
 from rlme.training.monitors import best_step
 
 SMOOTH = 60
@@ -22,7 +23,7 @@ def write_report(run_folder: Path, output: Path | None = None) -> Path:
     """Write the page of a run, by default as `report.html` in its folder. Returns its path."""
     run = read_run(run_folder)
     output = output or run_folder / "report.html"
-    output.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(output)
     output.write_bytes(html.render(f"{run.name} - rlme", page_data(run)))
     return output
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -54,22 +56,38 @@ def serve(
 
     content = apply_overrides(read_yaml(config), overrides or [])
     checked = validate(ServeConfig, content, str(config))
-    evaluators = make_evaluators(checked)
-    check_labels(checked, evaluators)
-    for evaluator in evaluators:
-        typer.echo(f"evaluator {getattr(evaluator, 'summary', evaluator.name)}")
-    # A model in this process answers one batch at a time; endpoints wait for the network, so several batches overlap.
-    workers = 4 if all(spec.endpoint for spec in checked.evaluators) else 1
-    app = create_app(
-        [scorer(make_reward(checked, evaluators)) for _ in range(workers)],
-        token=token,
-        description="Questions: " + "; ".join(q.ask for q in checked.questions.values()),
-        max_body=max_body_mb << 20,
-        max_batch=max_batch,
-        max_waiting=max_waiting,
-    )
-    typer.echo(f"reward server on http://{host}:{port} (documentation: /docs; Ctrl-C ends it)")
-    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=grace)
+    with _listen(host, port) as listening:  # before the models are loaded: who asks meanwhile waits
+        evaluators = make_evaluators(checked)
+        check_labels(checked, evaluators)
+        for evaluator in evaluators:
+            typer.echo(f"evaluator {getattr(evaluator, 'summary', evaluator.name)}")
+        # A model in this process answers one batch at a time; endpoints wait for the network, so batches overlap.
+        workers = 4 if all(spec.endpoint for spec in checked.evaluators) else 1
+        app = create_app(
+            [scorer(make_reward(checked, evaluators)) for _ in range(workers)],
+            token=token,
+            description="Questions: " + "; ".join(q.ask for q in checked.questions.values()),
+            max_body=max_body_mb << 20,
+            max_batch=max_batch,
+            max_waiting=max_waiting,
+        )
+        port = listening.getsockname()[1]
+        typer.echo(f"reward server on http://{host}:{port} (documentation: /docs; Ctrl-C ends it)")
+        settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=grace)
+        with contextlib.suppress(KeyboardInterrupt):
+            uvicorn.Server(settings).run(sockets=[listening])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    from rlme.errors import InputError
+
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise InputError(
+            f"--host {host} --port {port}: {error.strerror}; expected an address of this machine and a free port "
+            "(--port 0 takes any)"
+        ) from None
 
 
 def cache_stats(
@@ -81,6 +99,9 @@ def cache_stats(
     from rich.table import Table
     from rich.text import Text
 
+    from rlme.result_files import check_writable
+
+    check_writable(table)
     stats = _open(path).stats()
     shown = Table(title=f"{stats.answers} answers, {stats.bytes / 1e6:.1f} MB", title_justify="left")
     shown.add_column("evaluator")

@@ -21,14 +21,17 @@ def load_prompts(config: Config, tokenizer: Any) -> tuple[PromptSet, PromptSet |
     """Training prompts and (where given) held-out ones."""
     data = config.data
     sets: list[PromptSet | None] = []
-    for source, split, limit in (
-        (data.train, data.split, data.limit),
-        (data.eval, data.eval_split, data.eval_limit),
+    for key, source, split, limit in (
+        ("train", data.train, data.split, data.limit),
+        ("eval", data.eval, data.eval_split, data.eval_limit),
     ):
         if source is None:
             sets.append(None)
             continue
-        rows = load_rows(source, split=split, name=data.name, limit=limit)
+        try:
+            rows = load_rows(source, split=split, name=data.name, limit=limit)
+        except InputError as error:
+            raise InputError(f"data.{key}: {error}") from None
         sets.append(
             build_prompts(
                 rows,

@@ -84,6 +84,8 @@ def summary(record: Record) -> str:
     parts = []
     if "reward" in record:
         parts.append(f"reward {record['reward']:.3f}")
+    if "reward/judged" in record:
+        parts.append(f"judged {record['reward/judged']:.3f}")
     for key, name in (("gold/accuracy", "gold"), ("eval/gold/accuracy", "held-out gold")):
         if key in record:
             parts.append(f"{name} {record[key]:.2f}")

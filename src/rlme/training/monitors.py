@@ -89,11 +89,22 @@ def _all_judgements(rows: Iterable[Row]) -> Iterable[Mapping[str, Any]]:
     return (judgement for row in rows for judgement in row.get("judgements") or ())
 
 
+def _judged(row: Row) -> float | None:
+    """The weighted sum of its judgements (RLME eq. 3); None where one that counts is missing, or none counts."""
+    counting = [(j["weight"], j["score"]) for j in row.get("judgements") or () if j["weight"]]
+    if not counting or any(score is None for _, score in counting):
+        return None
+    return math.fsum(weight * score for weight, score in counting)
+
+
 def _rewards(rows: Sequence[Row], groups: Mapping[Any, list[Row]]) -> dict[str, float]:
     rewards = [row["reward"] for row in rows if row["reward"] is not None]
     metrics = {"reward_missing": 1 - len(rewards) / len(rows)}
     if rewards:
         metrics |= {"reward": fmean(rewards), "reward_std": pstdev(rewards)}
+        judged = [total for row in rows if (total := _judged(row)) is not None]
+        if judged and abs(fmean(judged) - metrics["reward"]) > 1e-9:
+            metrics["reward/judged"] = fmean(judged)
         known = [[r["reward"] for r in group if r["reward"] is not None] for group in groups.values()]
         if flat := [max(group) - min(group) < 1e-12 for group in known if len(group) > 1]:
             metrics["frac_groups_flat"] = fmean(flat)
@@ -317,9 +328,15 @@ def replay(alarm: Alarm, records: Iterable[Mapping[str, Any]], names: Sequence[s
     for record in records:
         alarm.update(
             record["step"],
-            record.get("reward"),
+            judged_reward(record),
             {name: record[f"eval/{name}"] for name in names if record.get(f"eval/{name}") is not None},
         )
+
+
+def judged_reward(record: Mapping[str, Any]) -> float | None:
+    """What training on judgements pushes up: a reward with a verifiable part holds it only in part, and normalised over
+    the batch it is 0 at all times."""
+    return record.get("reward/judged", record.get("reward"))
 
 
 def spoken(key: str) -> str:

@@ -18,7 +18,7 @@ from rlme.processes import dealt
 from rlme.reward import Row, judgement_metrics
 from rlme.training.costs import Costs
 from rlme.training.drift import Drift
-from rlme.training.monitors import Alarm, batch_monitors, best_metric, best_step, replay
+from rlme.training.monitors import Alarm, batch_monitors, best_metric, best_step, judged_reward, replay
 from rlme.training.run_folder import RunFolder
 from rlme.training.trainer import RLMETrainer
 
@@ -108,7 +108,7 @@ class Recorder(TrainerCallback):
             self._note_best(record)
         names = self._held_out_names()
         held_out = {name: record[f"eval/{name}"] for name in names if f"eval/{name}" in record}
-        if alarm := self.alarm.update(step, record.get("reward"), held_out):
+        if alarm := self.alarm.update(step, judged_reward(record), held_out):
             record["alarm"] = alarm
             if self.on_alarm == "stop":
                 self.stopped_by = alarm

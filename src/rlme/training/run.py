@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import time
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,15 +18,14 @@ from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback
 
 from rlme.config import Config
-from rlme.errors import RunStopped
-from rlme.evaluators.build import STYLES, check_evaluator, make_judging, make_questions
+from rlme.config_file import read_yaml
+from rlme.errors import InputError, RunStopped
+from rlme.evaluators.build import STYLES, check_evaluator
 from rlme.evaluators.local import LocalEvaluator
-from rlme.judging import check_templates
 from rlme.lora import lora_arguments
 from rlme.models import check_gradient_checkpointing, load_model, load_tokenizer
 from rlme.training.build import (
     adopt,
-    check_pairwise,
     check_pairwise_judge,
     load_prompts,
     make_evaluator,
@@ -32,6 +33,7 @@ from rlme.training.build import (
     training_dataset,
 )
 from rlme.training.callbacks import Interrupt, MassWarning
+from rlme.training.check import check_start
 from rlme.training.costs import Costs
 from rlme.training.display import Display
 from rlme.training.recorder import Recorder
@@ -40,8 +42,22 @@ from rlme.training.settings import trl_arguments
 from rlme.training.trainer import RLMETrainer
 
 
-def train(config: Config, console: Console, *, resume: RunFolder | None = None) -> RunFolder:
-    """Train as the file says, or go on with a run. Returns its folder; `final/` holds the model."""
+def train(
+    config: Config,
+    console: Console,
+    *,
+    resume: RunFolder | None = None,
+    changed: dict[str, Any] | None = None,
+) -> RunFolder:
+    """Train as the file says, or go on with a run (`changed`: its configuration where that is another from now on).
+    Returns its folder; `final/` holds the model."""
+    with ExitStack() as held:
+        return _train(config, console, held, resume, changed)
+
+
+def _train(
+    config: Config, console: Console, held: ExitStack, resume: RunFolder | None, changed: dict[str, Any] | None
+) -> RunFolder:
     started = time.perf_counter()
     main = int(os.environ.get("RANK", "0")) == 0
     loading: dict[str, Any] = {
@@ -54,13 +70,8 @@ def train(config: Config, console: Console, *, resume: RunFolder | None = None) 
         if part is not None and main:
             for line in part.report.sentences():
                 console.print(f"{name}: {line}", markup=False, highlight=False)
-    if "rlvr" in config.reward.mode or config.reward.anchor > 0:
-        prompts.require_gold()
     pairwise = config.reward.mode == "pairwise"
-    if pairwise:
-        check_pairwise(config, prompts)
-    questions, judging = make_questions(config.questions), make_judging(config.judging)
-    check_templates(questions, judging, list(prompts.prompts[0].columns))
+    questions, judging = check_start(config, prompts)
     folder = resume or RunFolder(config.folder)
     arguments = trl_arguments(config, folder, processes=int(os.environ.get("WORLD_SIZE", "1")))
     with console.status(f"loading {config.model.path}"):
@@ -86,27 +97,44 @@ def train(config: Config, console: Console, *, resume: RunFolder | None = None) 
         if main and (found := getattr(asked, "summary", None)):
             console.print(found, markup=False, highlight=False)
     reward = make_reward(config, evaluators)
-    if resume is None and main:
+    digests = {part: found.digest() for part, found in (("train", prompts), ("eval", held_out)) if found is not None}
+    if resume is not None:
+        check_same_prompts(folder, digests)
+    elif main:
         folder = RunFolder.create(config.folder)
-    trainer = RLMETrainer(
-        model,
-        reward,
-        share_prefixes=config.train.share_prefixes,
-        token_budget=config.train.token_budget,
-        stop_strings=config.train.stop,
-        args=arguments,
-        train_dataset=training_dataset(prompts, config),
-        processing_class=tokenizer,
-        peft_config=adapter,
-    )
+    if main:
+        held.callback(folder.lock().release)
+    try:
+        trainer = RLMETrainer(
+            model,
+            reward,
+            share_prefixes=config.train.share_prefixes,
+            token_budget=config.train.token_budget,
+            stop_strings=config.train.stop,
+            args=arguments,
+            train_dataset=training_dataset(prompts, config),
+            processing_class=tokenizer,
+            peft_config=adapter,
+        )
+    except Exception as error:
+        if resume is None and main:
+            shutil.rmtree(folder.path)  # nothing has happened in it
+        if not config.trl or isinstance(error, InputError):
+            raise
+        keys = ", ".join(f"trl.{key}" for key in config.trl)
+        raise InputError(f"TRL does not start with {keys} as given: {error}") from error
     adopt(reward, specs, trainer)
     checkpoint = None
     step = 0
     if trainer.accelerator.is_main_process:
         if resume is None:
-            folder.write_config(resolved(config, trainer))
+            content = resolved(config, trainer)
+            content["run_info"]["prompts"] = digests
+            folder.write_config(content)
             step, checkpoint = 0, None
         else:
+            if changed is not None:
+                folder.write_config(changed)
             step, checkpoint = folder.rewind()
     trainer.accelerator.wait_for_everyone()
     if resume is not None and not trainer.accelerator.is_main_process:
@@ -171,6 +199,17 @@ def train(config: Config, console: Console, *, resume: RunFolder | None = None) 
         )
     save_final(trainer, folder)
     return folder
+
+
+def check_same_prompts(folder: RunFolder, digests: dict[str, str]) -> None:
+    """Refuse to go on with other prompts than those the run began with (an older run did not note them)."""
+    before = read_yaml(folder.config).get("run_info", {}).get("prompts", digests)
+    for part, digest in digests.items():
+        if before.get(part, digest) != digest:
+            raise InputError(
+                f"{folder.config}: data.{part} gives other prompts than when the run began; expected the same file, or "
+                "a new run"
+            )
 
 
 def _save_where_it_stands(trainer: RLMETrainer, folder: RunFolder) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+from filelock import FileLock, Timeout
 
 from rlme.errors import InputError
 
@@ -73,14 +74,37 @@ class RunFolder:
     def create(cls, path: str | Path) -> RunFolder:
         """A new folder; one that exists and is not empty is an error, so that no run is ever overwritten."""
         folder = cls(path)
-        if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
-            raise InputError(
-                f"{folder.path} exists already: choose another `output` (or --output), or go on with it: "
-                f"rlme train --resume {folder.path}"
-            )
-        for part in (folder.path, folder.rollouts, folder.eval, folder.checkpoints):
-            part.mkdir(parents=True, exist_ok=True)
+        folder.check_new()
+        try:
+            for part in (folder.path, folder.rollouts, folder.eval, folder.checkpoints):
+                part.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"output is {str(folder.path)!r}, which cannot be made: {error.strerror}") from None
         return folder
+
+    def check_new(self) -> None:
+        """Raise `InputError` if there is something already."""
+        if self.config.is_file() or self.metrics.is_file():
+            raise InputError(
+                f"{self.path} exists already: choose another `output` (or --output), or go on with it: "
+                f"rlme train --resume {self.path}"
+            )
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise InputError(f"{self.path} exists already, and is no run: choose another `output` (or --output)")
+        above = next(path for path in self.path.absolute().parents if path.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise InputError(f"output is {str(self.path)!r}, but {above} is no folder that can be written to")
+
+    def lock(self) -> FileLock:
+        """Held as long as its owner lives; `InputError` if another process holds it."""
+        lock = FileLock(self.path / ".lock", blocking=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise InputError(f"{self.path}: another process is training in it") from None
+        except (NotImplementedError, OSError):  # a file system without locks
+            pass
+        return lock
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:

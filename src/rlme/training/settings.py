@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from typing import Any
+from typing import Any, get_type_hints
 
+from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 from trl import GRPOConfig
 
 from rlme.config import Config
@@ -60,6 +61,7 @@ def trl_arguments(config: Config, folder: RunFolder, *, processes: int = 1) -> G
             raise InputError(
                 f"trl.{key} is no argument of TRL's GRPOConfig" + (f"; did you mean {near[0]!r}?" if near else "")
             )
+    check_types(GRPOConfig, config.trl, "trl")
     batch = train.prompts_per_step * train.group_size
     if batch % processes:
         raise InputError(
@@ -110,10 +112,25 @@ def trl_arguments(config: Config, folder: RunFolder, *, processes: int = 1) -> G
         "disable_tqdm": True,
         "remove_unused_columns": False,
     }
-    accumulate = config.trl.get("gradient_accumulation_steps")
-    if accumulate and "per_device_train_batch_size" not in config.trl:
+    accumulate = config.trl.get("gradient_accumulation_steps", 1)
+    if accumulate < 1:
+        raise InputError(f"trl.gradient_accumulation_steps is {accumulate}, expected at least 1")
+    if accumulate > 1 and "per_device_train_batch_size" not in config.trl:
         settings["per_device_train_batch_size"] = batch // processes // accumulate
     try:
         return GRPOConfig(**(settings | config.trl))
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(f"TRL does not accept these settings: {error}") from None
+
+
+def check_types(kind: type[Any], values: dict[str, Any], where: str) -> None:
+    """Refuse values that are not what the annotations of TRL's arguments say: TRL takes anything and fails later."""
+    hints = get_type_hints(kind)
+    for key, value in values.items():
+        try:
+            TypeAdapter(hints[key]).validate_python(value, strict=True)
+        except PydanticSchemaGenerationError:  # an annotation of torch's or transformers' own
+            continue
+        except ValidationError as error:
+            what = error.errors()[0]["msg"].removeprefix("Input should be ").removeprefix("a ").partition(",")[0]
+            raise InputError(f"{where}.{key} is {value!r}, expected {what}") from None
