@@ -11,7 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 from trl.kernels import ChunkedLogProbFunction
 
 from rlme import forward, lm_head, tree_attention
@@ -495,3 +503,28 @@ def test_a_bfloat16_models_head_reads_almost_as_float64(tiny_model_dirs):
     torch.testing.assert_close(found.double(), expected, atol=5e-3, rtol=4e-3)
     plain = (hidden @ weight.t()).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
     assert float((found - expected).abs().mean()) < 0.2 * float((plain - expected).abs().mean())
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("budget", [8192, 64])
+def test_what_is_said_of_a_text_does_not_depend_on_longer_ones(share, budget):
+    """Where the rotary embedding follows the longest text of a pass (Phi-4-mini and its kin)."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+    torch.manual_seed(0)
+    model = Phi3ForCausalLM(
+        Phi3Config(
+            vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.3,
+            rope_parameters={**rope, "original_max_position_embeddings": 32},
+        )
+    ).eval()  # fmt: skip
+    short, long = tokens(20, 1), tokens(60, 2)
+    asked = [[[7]], [[7]]]
+    with torch.no_grad():
+        alone = [model(torch.tensor([text])).logits[0, -1].log_softmax(-1)[7].item() for text in (short, long)]
+    found, _ = continuation_logprobs(model, [short, long], asked, share=share, token_budget=budget)
+    assert [one[0] for one in found] == pytest.approx(alone, abs=1e-4)
+    logps, _ = completion_logps(model, [short[:10], long[:10]], [short[10:], long[10:]], share=share)
+    for row, text in zip(logps, (short, long), strict=True):
+        alone_, _ = completion_logps(model, [text[:10]], [text[10:]], share=share)
+        torch.testing.assert_close(row[: len(text) - 10], alone_[0], atol=1e-4, rtol=0)

@@ -1,4 +1,4 @@
-"""A checkpoint's weights, back into the model that is being trained."""
+"""What is in a checkpoint beside what Transformers puts there, and its weights back into the model that is trained."""
 
 from __future__ import annotations
 
@@ -45,3 +45,30 @@ class ReadsCheckpoints:
             dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # which holds all of them exactly
             saved = type(model).from_pretrained(folder, config=model.config, dtype=dtype).state_dict()
             model.load_state_dict({name: saved[name] for name in result.missing_keys}, strict=False)
+
+
+class KeepsRollouts(ReadsCheckpoints):
+    """Mixed into a GRPO trainer: in the middle of several updates on one batch, the batch belongs to the state."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        trainer: Any = self
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        folder = Path(trainer._get_output_dir(trial=trial)) / f"checkpoint-{trainer.state.global_step}"
+        served = trainer._step % (trainer.args.steps_per_generation * trainer.num_iterations)
+        if trainer._buffered_inputs is not None and served:
+            torch.save(trainer._buffered_inputs, folder / f"rollout_buffer_{trainer.accelerator.process_index}.pt")
+        trainer.accelerator.wait_for_everyone()
+        if trainer.checkpoint_done is not None and trainer.accelerator.is_main_process:
+            trainer.checkpoint_done(folder)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Called once on resume, after the weights are back: restore what Transformers and TRL do not."""
+        trainer: Any = self
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is None:
+            return
+        trainer._step = trainer.state.global_step * trainer.args.gradient_accumulation_steps
+        buffer = Path(checkpoint) / f"rollout_buffer_{trainer.accelerator.process_index}.pt"
+        if buffer.is_file():
+            device = trainer.accelerator.device
+            trainer._buffered_inputs = torch.load(buffer, map_location=device, weights_only=True)

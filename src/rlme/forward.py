@@ -7,7 +7,7 @@ nothing, its part is `rlme.lm_head`'s. Where that does not give the model's own 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -92,10 +92,48 @@ def _hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
     return found[0].reshape(-1, found[0].shape[-1])
 
 
+LengthKind = Callable[[int], int]
+
+
+def length_kind(model: nn.Module) -> LengthKind | None:
+    """Which lengths may share a pass, for models whose rotary embedding follows the longest text in it (`longrope`:
+    Phi-3-128k, Phi-4-mini; `dynamic`): those of one kind. None for all other models."""
+    config = causal_lm(model).config.get_text_config()
+    found = getattr(config, "rope_parameters", None) or {}
+    by_layer = [one for one in found.values() if isinstance(one, dict) and "rope_type" in one]
+    ropes = {rope.get("rope_type"): rope for rope in by_layer or [found]}
+    if "dynamic" in ropes:
+        limit = config.max_position_embeddings
+        return lambda length: length if length > limit else 0
+    if "longrope" in ropes:
+        limit = ropes["longrope"]["original_max_position_embeddings"]
+        return lambda length: int(length > limit)
+    return None
+
+
 def plan_passes(
-    sequences: Sequence[Sequence[int]], token_budget: int, *, share: bool, known: Sequence[int] | None = None
+    sequences: Sequence[Sequence[int]],
+    token_budget: int | None,
+    *,
+    share: bool,
+    known: Sequence[int] | None = None,
+    kind: LengthKind | None = None,
 ) -> list[list[int]]:
-    """Indices of the sequences of each forward pass; padded batches hold rows of similar length."""
+    """Indices of the sequences of each forward pass, one of each `kind` without a budget; padded batches hold rows of
+    similar length."""
+    if kind is not None:
+        members: dict[int, list[int]] = {}
+        for i in sorted(range(len(sequences)), key=lambda i: len(sequences[i])):
+            members.setdefault(kind(len(sequences[i])), []).append(i)
+        return [
+            [some[j] for j in pack]
+            for some in members.values()
+            for pack in plan_passes(
+                [sequences[i] for i in some], token_budget, share=share, known=known and [known[i] for i in some]
+            )
+        ]
+    if token_budget is None:
+        return [list(range(len(sequences)))]
     if share:
         return plan_packs(sequences, token_budget, known)
     packs: list[list[int]] = []

@@ -30,6 +30,7 @@ from transformers import (
 
 from rlme.cast_weights import weights_in
 from rlme.decoding import begin, left_padded, mixes_lengths
+from rlme.forward import length_kind
 from rlme.key_values import KeyValues
 from rlme.packed_linear import packed_linears
 from rlme.tree_attention import causal_lm, check_adapter, device_of, evaluating
@@ -171,6 +172,10 @@ def _batches(
 ) -> Iterator[list[tuple[int, int]]]:
     """At most `max_rows` of the rows (prompt, completion) at a time, which may be written together."""
     together = [rows]
+    kind = length_kind(model)
+    if kind is not None:
+        kinds = dict.fromkeys(kind(len(prompts[p])) for p, _ in rows)
+        together = [[row for row in rows if kind(len(prompts[row[0]])) == one] for one in kinds]
     if rows and not mixes_lengths(model, max(prompts, key=len)):
         lengths = dict.fromkeys(len(prompts[p]) for p, _ in rows)
         together = [[row for row in rows if len(prompts[row[0]]) == length] for length in lengths]

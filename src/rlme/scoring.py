@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlme.forward import forward_pass, head_of, plan_passes
+from rlme.forward import forward_pass, head_of, length_kind, plan_passes
 from rlme.key_values import KeyValues
 from rlme.lm_head import LMHead, WholeLogits
 from rlme.load_balance import RouterLogits
@@ -86,7 +86,9 @@ def continuation_logprobs(
         share = share and _may_share(model, sequences, gradient=False)
         head = _head(model, sequences, share=share)
         places: list[Ints] = [np.empty(0, np.int64)] * len(sequences)
-        if known is not None and not (known.tokens and share and sequences):
+        kind = length_kind(model)
+        crossing = kind is not None and any(kind(len(sequence)) for sequence in sequences)
+        if known is not None and (crossing or not (known.tokens and share and sequences)):
             known = None
         if known is not None:
             # The last token of a context has to be computed: its hidden state is what the head reads.
@@ -101,7 +103,7 @@ def continuation_logprobs(
         targets: list[int] = []
         spans: list[tuple[int, int]] = []
         kept = 0
-        for pack in plan_passes(sequences, token_budget, share=share, known=[len(p) for p in places]):
+        for pack in plan_passes(sequences, token_budget, share=share, known=[len(p) for p in places], kind=kind):
             forward = forward_pass(
                 model, [sequences[n] for n in pack], head, share=share, known=known, places=[places[n] for n in pack]
             )
@@ -158,8 +160,7 @@ def completion_logps(
     # The last token is only read, unless routers are to be heard about it.
     sequences = [p + (c if routers else c[:-1]) for p, c in zip(prompts, completions, strict=True)]
     share = share and _may_share(model, sequences, gradient=torch.is_grad_enabled())
-    rows = range(len(sequences))
-    packs = [list(rows)] if token_budget is None else plan_passes(sequences, token_budget, share=share)
+    packs = plan_passes(sequences, token_budget, share=share, kind=length_kind(model))
     head = _head(model, sequences, share=share)
     filled: list[tuple[Tensor, Tensor | None]] = []
     where: list[Tensor] = []
@@ -200,7 +201,8 @@ def plan_rows(
     where it shares their prompts, rows of similar length where it does not."""
     pairs = zip(prompt_ids, completion_ids, strict=True)
     sequences = [_as_tuple(p) + _as_tuple(c)[:-1] for p, c in pairs]
-    return plan_passes(sequences, token_budget, share=share and _may_share(model, sequences, gradient=True))
+    share = share and _may_share(model, sequences, gradient=True)
+    return plan_passes(sequences, token_budget, share=share, kind=length_kind(model))
 
 
 def _as_tuple(ids: Sequence[int] | Tensor) -> tuple[int, ...]:

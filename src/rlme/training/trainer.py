@@ -23,7 +23,8 @@ from torch.nn.functional import pad
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
-from rlme.checkpoints import ReadsCheckpoints
+from rlme.checkpoints import KeepsRollouts
+from rlme.forward import length_kind
 from rlme.key_values import KeyValues
 from rlme.load_balance import RouterLogits, prepare_mixture
 from rlme.memory import keep_freed_memory, prefer_huge_pages
@@ -35,7 +36,7 @@ from rlme.training.packs import apart, as_many_as_others, merge_metrics, rows_of
 from rlme.tree_attention import check_adapter
 
 
-class RLMETrainer(ReadsCheckpoints, GRPOTrainer):
+class RLMETrainer(KeepsRollouts, GRPOTrainer):
     """GRPO with a reward made of questions (RLME sec. 3; eqs. 3, 5, 7, 8).
 
     Args:
@@ -135,16 +136,14 @@ class RLMETrainer(ReadsCheckpoints, GRPOTrainer):
     def _stopped(self, completion_ids: list[list[int]], logprobs: Any) -> tuple[list[list[int]], Any]:
         """Completions that others have sampled, cut after a stop string."""
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
-        stops = [
-            length_to_stop(ids, self.stop_strings, self._tokenizer) if self.stop_strings else None
-            for ids in completion_ids
-        ]
+        stops = [length_to_stop(ids, self.stop_strings, self._tokenizer) for ids in completion_ids]
+        cut = [ids[:stop] for ids, stop in zip(completion_ids, stops, strict=True)]
         self._truncated = [
-            stop is None and (not ids or ids[-1] not in ends) for ids, stop in zip(completion_ids, stops, strict=True)
+            stop is None and (not ids or ids[-1] not in ends) for ids, stop in zip(cut, stops, strict=True)
         ]
         if logprobs is not None:
-            logprobs = [values[:stop] for values, stop in zip(logprobs, stops, strict=True)]
-        return [ids[:stop] for ids, stop in zip(completion_ids, stops, strict=True)], logprobs
+            logprobs = [values[: len(ids)] for values, ids in zip(logprobs, cut, strict=True)]
+        return cut, logprobs
 
     def _sample(self, prompt_ids: list[list[int]]) -> tuple[list[list[int]], None]:
         learning, seed = self.model.training, self._sampling_seed()
@@ -196,7 +195,12 @@ class RLMETrainer(ReadsCheckpoints, GRPOTrainer):
         # when a batch serves several updates), it need not recompute them.
         asked = self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations) != 0
         plain = self.top_p == 1 and not self.top_k and not self.min_p and self.repetition_penalty == 1
-        self._sampled_logps = [one.logprobs for one in drawn] if asked and plain and learning else None
+        # A cache is read with positions as they were embedded when it was written.
+        kind = length_kind(self.model)
+        whole = kind is None or not any(
+            kind(len(ids) + len(one.ids)) for ids, group in zip(prompts, groups, strict=True) for one in group
+        )
+        self._sampled_logps = [one.logprobs for one in drawn] if asked and plain and learning and whole else None
         return [one.ids for one in drawn], None
 
     def _on_finished(self, counts: list[int]) -> Callable[[int, int, Sampled], None] | None:
@@ -385,28 +389,6 @@ class RLMETrainer(ReadsCheckpoints, GRPOTrainer):
         with self.accelerator.autocast():
             packs = plan_rows(model, prompts, answers, self.token_budget)
         return as_many_as_others(packs, self.accelerator) if self.accelerator.num_processes > 1 else packs
-
-    # -- resume -----------------------------------------------------------------------------------------------------
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        # In the middle of several updates on one batch, the batch belongs to the state.
-        if self._buffered_inputs is not None and self._step % (self.args.steps_per_generation * self.num_iterations):
-            torch.save(self._buffered_inputs, folder / f"rollout_buffer_{self.accelerator.process_index}.pt")
-        self.accelerator.wait_for_everyone()
-        if self.checkpoint_done is not None and self.accelerator.is_main_process:
-            self.checkpoint_done(folder)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Called once on resume, after the weights are back: restore what Transformers and TRL do not."""
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        self._step = self.state.global_step * self.args.gradient_accumulation_steps
-        buffer = Path(checkpoint) / f"rollout_buffer_{self.accelerator.process_index}.pt"
-        if buffer.is_file():
-            self._buffered_inputs = torch.load(buffer, map_location=self.accelerator.device, weights_only=True)
 
     # -- bookkeeping ------------------------------------------------------------------------------------------------
 
