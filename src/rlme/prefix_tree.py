@@ -35,6 +35,8 @@ CUT_SLACK = 16
 MAX_TILE_QUERIES = 512
 # Tiles of different sizes share a batch as long as padding adds at most this share of work.
 MAX_PADDING = 0.15
+# And as long as a batch has no more scores than this: masks of long texts are large.
+MAX_SCORES = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +222,7 @@ def batch_tiles(tiles: Sequence[Tile]) -> list[list[Tile]]:
         queries, keys = tile.stop - tile.start, len(tile.keys)
         if batches:
             padded = (len(batches[-1]) + 1) * max(widest, queries) * max(longest, keys)
-            if padded <= (1 + MAX_PADDING) * (work + queries * keys):
+            if padded <= min((1 + MAX_PADDING) * (work + queries * keys), MAX_SCORES):
                 batches[-1].append(tile)
                 work, widest, longest = work + queries * keys, max(widest, queries), max(longest, keys)
                 continue
