@@ -12,7 +12,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from rlme import InputError
+from rlme import InputError, MetaReward, RLMETrainer
 from rlme.cli import main
 from rlme.commands import find_config, read_config
 from rlme.key_values import KeyValues
@@ -444,6 +444,21 @@ def test_metareward_in_a_trainer_of_ones_own(tiny_policy_dir: Path, tmp_path: Pa
     assert {"judge/live/Is the answer correct?/mass", "gold/accuracy", "reward"} <= set(logs[0])
     scores = {j["evaluator"]: j["score"] for j in reward.rows[0]["judgements"] if "correct" in j["question"]}
     assert scores["live"] == pytest.approx(scores["frozen"], abs=1e-5)
+
+
+def test_more_tokens_than_the_model_reads_and_prompts_that_are_not_held_out(
+    tiny_policy_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = {"eval": str(write_jsonl(tmp_path / "held-out.jsonl", [PROMPTS[0], {**PROMPTS[0], "question": "And?"}]))}
+    train(str(write_config(tmp_path, tiny_policy_dir, data=data, train={"steps": 0, "max_completion_tokens": 1020})))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 also trained on" in said
+    assert "the model reads at most 1024 tokens" in said
+
+
+def test_one_reward(tiny_policy_dir: Path) -> None:
+    with pytest.raises(InputError, match="reward is a list"):
+        RLMETrainer(str(tiny_policy_dir), [MetaReward("Is it short?")])  # type: ignore[arg-type]
 
 
 def test_live_needs_a_trainer() -> None:

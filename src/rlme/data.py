@@ -53,6 +53,7 @@ class Report:
     duplicates: list[int] = field(default_factory=list)
     too_long: list[int] = field(default_factory=list)
     without_gold: list[int] = field(default_factory=list)
+    trained_on: list[int] = field(default_factory=list)
     longest_tokens: int | None = None
 
     def sentences(self) -> list[str]:
@@ -65,6 +66,7 @@ class Report:
             (self.duplicates, "duplicate, kept once"),
             (self.too_long, "longer than the limit, dropped"),
             (self.without_gold, "without a gold answer"),
+            (self.trained_on, "also trained on, so not held out"),
         ):
             if rows:
                 lines.append(f"{len(rows)} {what} ({_some_rows(rows)})")

@@ -110,6 +110,8 @@ class Question:
     def __post_init__(self) -> None:
         if self.target.upper() not in ("YES", "NO"):
             raise InputError(f"question {self.name or self.ask!r}: target is {self.target!r}, expected YES or NO")
+        if not isinstance(self.weight, int | float) or not math.isfinite(self.weight):
+            raise InputError(f"question {self.name or self.ask!r}: weight is {self.weight!r}, expected a number")
         object.__setattr__(self, "target", self.target.upper())
         if not self.name:
             object.__setattr__(self, "name", self.ask)

@@ -62,7 +62,8 @@ def named_questions(questions: Sequence[str | Question] | Mapping[str, str | Que
             for name, q in questions.items()
         ]
     else:
-        items = [Question(q) if isinstance(q, str) else q for q in questions]
+        several = [questions] if isinstance(questions, str) else questions
+        items = [Question(q) if isinstance(q, str) else q for q in several]
     names = [q.name for q in items]
     if duplicate := next((n for n in names if names.count(n) > 1), None):
         raise InputError(f"two questions are called {duplicate!r}: give one of them another name")

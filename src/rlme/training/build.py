@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Any, cast
 
@@ -46,6 +47,9 @@ def load_prompts(config: Config, tokenizer: Any) -> tuple[PromptSet, PromptSet |
         )
     train, held_out = sets
     assert train is not None
+    if held_out is not None:
+        learned = {json.dumps(prompt.prompt) for prompt in train.prompts}
+        held_out.report.trained_on = [p.row for p in held_out.prompts if json.dumps(p.prompt) in learned]
     return train, held_out
 
 

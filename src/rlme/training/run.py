@@ -76,6 +76,13 @@ def _train(
     arguments = trl_arguments(config, folder, processes=int(os.environ.get("WORLD_SIZE", "1")))
     with console.status(f"loading {config.model.path}"):
         model = load_model(config.model.path, dtype=config.model.dtype, **loading)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or -1
+    if main and 0 < limit < (prompts.report.longest_tokens or 0) + config.train.max_completion_tokens:
+        console.print(
+            f"warning: the model reads at most {limit} tokens, and the longest prompt "
+            f"({prompts.report.longest_tokens}) with a completion of {config.train.max_completion_tokens} has more",
+            style="yellow",
+        )
     if arguments.gradient_checkpointing:
         check_gradient_checkpointing(model, "train.gradient_checkpointing")
     adapter = lora_arguments(config.lora, model)

@@ -24,6 +24,7 @@ from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from rlme.checkpoints import KeepsRollouts
+from rlme.errors import InputError
 from rlme.forward import length_kind
 from rlme.key_values import KeyValues
 from rlme.load_balance import RouterLogits, prepare_mixture
@@ -66,6 +67,8 @@ class RLMETrainer(KeepsRollouts, GRPOTrainer):
         checkpoint_done: Callable[[Path], None] | None = None,
         **trl_arguments: Any,
     ) -> None:
+        if not hasattr(reward, "score"):
+            raise InputError(f"reward is a {type(reward).__name__}, expected one MetaReward or PairwiseReward")
         self.reward = reward
         self.share_prefixes = share_prefixes
         self.token_budget = token_budget
