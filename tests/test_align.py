@@ -1,6 +1,7 @@
 """The alignment pipeline on a tiny random model: stages, skipping, resuming, bad input."""
 
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from transformers import GraniteMoeConfig
 from typer.testing import CliRunner
 
 from rlme.align import run_models
+from rlme.align.checks import check_output
 from rlme.align.cli import align
 from rlme.align.config import AlignConfig
 from rlme.align.pipeline import Alignment
@@ -238,6 +240,8 @@ def test_candidates_scored_by_questions(tmp_path, tiny_policy_dir):
     config = tiny_config(tmp_path, tiny_policy_dir, judge={"questions": questions}, compare=None, sft=None)
     _, said = run(config)
     assert "judge: 36 calls for 6 prompts" in said
+    for question in questions:
+        assert len(re.findall(f"'live' puts only .% of its .* on the labels of question '{question}'", said)) == 1
     scores = Lines(config.folder / "round-1/judge/scores.jsonl").read()
     assert all(s < 0 for row in scores for s in row["scores"])
 
@@ -298,6 +302,9 @@ def test_rows_without_a_reference(tmp_path, tiny_policy_dir):
         ({"sample": {"n": 1}}, "sample.n is 1, expected"),
         ({"data": {"train": "x.jsonl", "eval": "y.jsonl", "hold_out": 3}}, "both set"),
         ({"compare": {"also": {"a/b": "x"}}}, "compare.also"),
+        ({"compare": {"also": {"dpo": "x"}}}, "the name 'dpo' is taken by a model of this run"),
+        ({"judge": {"evaluators": ["a/x", "b/x"]}}, "judge.evaluators: two are called 'x'"),
+        ({"compare": {"evaluators": [{"model": "x", "weight": 0}]}}, "the weight of 'x' is 0"),
     ],
 )
 def test_bad_configurations(tmp_path, tiny_policy_dir, content, message):
@@ -322,6 +329,85 @@ def test_trl_arguments_are_checked(tmp_path, tiny_policy_dir):
     config = tiny_config(tmp_path, tiny_policy_dir, sft={"trl": {"learning_rate": 1.0}})
     with pytest.raises(InputError, match=r"sft.trl.learning_rate is set by this project"):
         run(config)
+    Alignment(tiny_config(tmp_path, tiny_policy_dir, dpo={"trl": {"loss_type": "hinge"}}), Console(quiet=True))
+
+
+NOT_CAUSAL = {"architectures": ["BertForMaskedLM"], "model_type": "bert"}
+
+
+@pytest.mark.parametrize(
+    "sections, message",
+    [
+        ({"dpo": {"trl": {"nosuch": 1}}}, "dpo.trl.nosuch is no argument of TRL's DPOConfig"),
+        ({"dpo": {"trl": {"weight_decay": "hello"}}}, "dpo.trl.weight_decay is 'hello', expected valid number"),
+        ({"dpo": {"trl": {"warmup_steps": "abc"}}}, "dpo.trl.warmup_steps is set by this project"),
+        ({"dpo": {"trl": {"report_to": "nobody"}}}, "dpo.trl.report_to: TRL does not accept these settings: nobody"),
+        ({"dpo": {"trl": {"eval_strategy": "steps"}}}, "dpo.trl.eval_strategy is 'steps', expected no"),
+        ({"compare": {"also": {"x": "./none"}}}, r"compare.also.x: model './none': no such file or folder"),
+        ({"compare": {"also": {"x": "BERT"}}}, r"compare.also.x: model .* is no causal language model"),
+        ({"compare": {"also": {"x": "WORDS"}}}, r"compare.also.x: .* has another tokenizer than"),
+        ({"compare": {"evaluators": ["./none"]}}, r"compare.evaluators: model './none': no such file"),
+        ({"compare": {"protocol": "refeval"}, "data": {"hold_out": 0, "eval": "BARE"}}, "but row 1 of .* has none"),
+        ({"judge": {"evaluators": ["./none"]}}, r"judge.evaluators: model './none': no such file"),
+        ({"judge": {"questions": {"q": "Like {{ nosuch }}?"}}}, "'nosuch'"),
+    ],
+)
+def test_what_later_stages_need_is_checked_before_the_first(
+    tmp_path, tiny_policy_dir, tiny_word_dir, sections, message
+):
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert/config.json").write_text(json.dumps(NOT_CAUSAL))
+    (tmp_path / "bare.jsonl").write_text('{"prompt": "Question?"}\n')
+    text = json.dumps(sections).replace("BERT", str(tmp_path / "bert")).replace("WORDS", str(tiny_word_dir))
+    sections = json.loads(text.replace("BARE", str(tmp_path / "bare.jsonl")))
+    with pytest.raises(InputError, match=message):
+        run(tiny_config(tmp_path, tiny_policy_dir, **sections))
+    assert not (tmp_path / "run").exists()
+
+
+def test_only_a_folder_of_this_command_is_written_to(finished, tmp_path, tiny_policy_dir):
+    import shutil
+
+    shutil.copytree(finished[0].folder / "sft", tmp_path / "begun/sft")
+    check_output(tmp_path / "begun")  # a stage to be skipped may be put there
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    file = taken / "config.yaml"
+    for name, content in (("config.yaml", "model: {path: x}\ntrain: {steps: 3}\n"), ("thesis.tex", "")):
+        file.unlink(missing_ok=True)
+        file = taken / name
+        file.write_text(content)
+        with pytest.raises(InputError, match="taken exists already, and is no run of rlme align: choose another"):
+            run(tiny_config(tmp_path, tiny_policy_dir, output=str(taken)))
+        assert [p.name for p in taken.iterdir()] == [name] and file.read_text() == content
+    with pytest.raises(InputError, match=r"thesis.tex exists already, and is no run"):
+        run(tiny_config(tmp_path, tiny_policy_dir, output=str(file)))
+    with pytest.raises(InputError, match=r"output is '.*thesis.tex/x', which cannot be made: Not a directory"):
+        run(tiny_config(tmp_path, tiny_policy_dir, output=str(file / "x")))
+
+
+def test_the_command_says_where_it_cannot_write_and_how_to_go_on(tmp_path, tiny_policy_dir, monkeypatch):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Alignment, "_stages", interrupted)
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump({"model": str(tiny_policy_dir), "data": write_rows(tmp_path / "rows.jsonl")}))
+    with pytest.raises(InputError, match="cannot be written"):
+        CliRunner().invoke(app, [str(file), "--json", str(file / "x.json")], catch_exceptions=False)
+    with pytest.raises(RunStopped, match=r"interrupted; the same command goes on with what is in .*out"):
+        CliRunner().invoke(app, [str(file), "-o", str(tmp_path / "out")], catch_exceptions=False)
+
+
+def test_a_judge_with_little_label_mass_is_named_once(tmp_path, tiny_policy_dir, monkeypatch):
+    use_judge(monkeypatch, FakeJudge(lambda o, i, r: len(o) / 10, mass=0.2))
+    sections = {"sft": None, "rounds": 2, "data": {"hold_out": 1}}
+    _, said = run(tiny_config(tmp_path, tiny_policy_dir, **sections, output=str(tmp_path / "low")))
+    warning = "warning: evaluator 'fake' puts only 20% of its probability on the labels of protocol 'refeval'"
+    assert said.count("warning:") == said.count(warning) == 1
+    use_judge(monkeypatch, FakeJudge(lambda o, i, r: len(o) / 10, mass=0.9))
+    _, said = run(tiny_config(tmp_path, tiny_policy_dir, **sections))
+    assert "warning:" not in said
 
 
 @pytest.mark.parametrize("name", [n for n in recipe_files() if n.startswith("align") or n == "paper-refeval-llama3-8b"])

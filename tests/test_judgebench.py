@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from rlme.align.judge import PairwiseJudge
 from rlme.align.protocols import PROTOCOLS
-from rlme.errors import InputError
+from rlme.errors import InputError, RunStopped
 from rlme.judgebench import metrics as m
 from rlme.judgebench.analysis import analyse, summary
 from rlme.judgebench.cli import _show, judge_bench
@@ -272,6 +272,8 @@ def test_sets_are_also_taken_together():
     (test,) = (t for t in result["tests"] if t["set"] == "all pairs")
     assert test["items"] == 4 and test["difference"]["value"] == 0.25  # only the items that both were asked
     assert "| j | x | 25.0" in markdown(result)
+    # Two measures of accuracy in one row: each is named.
+    assert "difference: B minus A, mean of both orders; only A or B right: averaged probability" in markdown(result)
     assert len(analyse(runs[::2], resamples=10)["runs"]) == 2  # one set needs no such row
 
 
@@ -427,6 +429,37 @@ def test_the_command_with_a_model(tmp_path, tiny_policy_dir):
     more = CliRunner().invoke(app, [*arguments, "--protocol", "href", "--no-wrong-references"], catch_exceptions=False)
     assert "1 runs, 8 judge calls (3 runs are there already)" in more.output
     assert len(load_recorded(saved)) == 6
+
+
+@pytest.mark.parametrize("model", ["x", None])
+def test_the_folder_of_another_command_is_not_written_to(tmp_path, model):
+    source = write_rows(tmp_path / "toy.jsonl", [pair(0, x_verdicts={"False": "1", "True": "1"})])
+    (tmp_path / "config.yaml").write_text("model: {path: x}\n")
+    asked = ["--judge", model, "--data", source] if model else ["--verdicts", source]
+    for folder, message in (
+        (tmp_path, "holds a run of rlme train or rlme align: choose another"),
+        (Path(source), "which cannot be made: File exists"),
+        (Path(source) / "x", "which cannot be made: Not a directory"),
+    ):
+        with pytest.raises(InputError, match=message):
+            CliRunner().invoke(app, [*asked, "-o", str(folder)], catch_exceptions=False)
+    with pytest.raises(InputError, match="cannot be written"):  # tried before anything is judged
+        CliRunner().invoke(app, [*asked, "--json", str(Path(source) / "x.json")], catch_exceptions=False)
+    assert {p.name for p in tmp_path.iterdir()} == {"toy.jsonl", "config.yaml"}
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_an_interruption_says_how_to_go_on(tmp_path, monkeypatch, kept):
+    from rlme.evaluators import build as evaluators
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluators, "build_evaluators", interrupted)
+    source = write_rows(tmp_path / "toy.jsonl", [pair(0)])
+    folder = ["-o", str(tmp_path / "out")] if kept else []
+    with pytest.raises(RunStopped, match="the same command goes on with what is in" if kept else "nothing is kept"):
+        CliRunner().invoke(app, ["--judge", "x", "--data", source, *folder], catch_exceptions=False)
 
 
 @pytest.mark.parametrize(

@@ -250,6 +250,18 @@ def check_gradient_checkpointing(model: "PreTrainedModel", key: str) -> None:
         raise InputError(f"{key} is true, expected false: {type(model).__name__} cannot compute its activations again.")
 
 
+def check_model(source: str | Path, revision: str | None, trust_remote_code: bool, *, load_in_4bit: bool = False) -> None:
+    """Raise `InputError` where a model cannot be loaded, as far as that is known without its weights."""
+    parsed = ModelSource.parse(source)
+    if load_in_4bit:
+        _check_4bit(parsed, default_device())
+    if parsed.kind == "adapter":
+        check_model(_adapter_base(parsed), None, trust_remote_code)
+        return
+    with _as_input_error(parsed):
+        _check_causal(parsed, _transformers_location(parsed), revision, trust_remote_code)
+
+
 def _adapter_base(source: ModelSource) -> str:
     config = json.loads((Path(source.location) / "adapter_config.json").read_text(encoding="utf-8"))
     base = config.get("base_model_name_or_path")

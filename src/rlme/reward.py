@@ -216,7 +216,7 @@ class MetaReward:
         columns = columns or {}
         samples, golds = self._samples(prompts, completions, completion_ids, trainer, columns)
         evaluators = self.evaluators(trainer) if self.questions else []
-        accelerator = trainer.accelerator if trainer is not None else None
+        accelerator = getattr(trainer, "accelerator", None)
         judgements: list[list[Judgement]] = [[] for _ in samples]
         if self.questions:
             with stopping_together(accelerator):
@@ -349,7 +349,7 @@ def _context(prompt: Any, trainer: Any) -> str:
 
 def _normalize_everywhere(values: list[float | None], trainer: Any) -> list[float | None]:
     """Normalise over the batch of all processes (each holds a part of it)."""
-    accelerator = trainer.accelerator if trainer is not None else None
+    accelerator = getattr(trainer, "accelerator", None)
     normal = normalize(everywhere(values, accelerator))
     start = accelerator.process_index * len(values) if accelerator is not None else 0
     return normal[start : start + len(values)]

@@ -50,10 +50,16 @@ def align(
     from rlme.align.pipeline import Alignment
     from rlme.align.winrates import cells, columns
     from rlme.commands import _quiet
+    from rlme.errors import RunStopped
+    from rlme.result_files import check_writable
     from rlme.training.display import print_table
 
+    check_writable(table)
     _quiet()
-    rows = Alignment(settings, console).run()
+    try:
+        rows = Alignment(settings, console).run()
+    except KeyboardInterrupt:
+        raise RunStopped(f"interrupted; the same command goes on with what is in {settings.folder}") from None
     if rows:
         print_table(console, "win rates", columns(), [cells(row) for row in rows])
     if table is not None:

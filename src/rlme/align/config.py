@@ -189,7 +189,25 @@ class AlignConfig(Section):
             raise ValueError("judge.evaluators is empty: give at least one, e.g. [live]")
         if self.data.eval and self.data.hold_out:
             raise ValueError("data.eval and data.hold_out are both set: the final comparison takes one of them")
+        compare = self.compare or CompareStage()
+        if taken := next((name for name in compare.also if name in self.own_models), None):
+            raise ValueError(f"compare.also: the name {taken!r} is taken by a model of this run; choose another")
+        for where, judges, pairs in (
+            ("judge", self.judge.evaluators, not self.judge.questions),
+            ("compare", compare.evaluators or self.judge.evaluators, self.compare is not None),
+        ):
+            names = [judge.label for judge in judges]
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise ValueError(f"{where}.evaluators: two are called {twice!r}; give one of them another `name`")
+            if pairs and (idle := next((judge.label for judge in judges if judge.weight == 0), None)):
+                raise ValueError(f"{where}.evaluators: the weight of {idle!r} is 0, expected more to compare pairs")
         return self
+
+    @property
+    def own_models(self) -> list[str]:
+        """The models that are compared in the end, `also` apart: base, sft, and dpo or, of several rounds, dpo-N."""
+        rounds = ["dpo"] if self.rounds == 1 else [f"dpo-{n}" for n in range(1, self.rounds + 1)]
+        return ["base", *(["sft"] if self.sft else []), *rounds]
 
     @property
     def folder(self) -> Path:

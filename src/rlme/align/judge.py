@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from rlme.align.label_mass import LabelMass
 from rlme.align.protocols import Protocol
 from rlme.errors import InputError
 from rlme.evaluators.base import Evaluator
@@ -152,6 +153,7 @@ class PairwiseJudge:
         self.max_tokens = max_tokens
         self.too_long = too_long
         self.critique_tokens = critique_tokens
+        self.label_mass = LabelMass("protocol")
         self._labels = [_kept_spellings(evaluator, protocol) for evaluator in self.evaluators]
 
     def calls(self, comparisons: Sequence[Comparison], *, orders: Orders = "both") -> int:
@@ -175,6 +177,8 @@ class PairwiseJudge:
         for evaluator, labels in zip(self.evaluators, self._labels, strict=True):
             for row, found in enumerate(self._ask(evaluator, labels, comparisons, orders)):
                 readings[row].append(found)
+                for reading in found:
+                    self.label_mass.add(evaluator.name, self.protocol.name, reading.mass)
         return [self._verdict(found, orders) for found in readings]
 
     def _ask(

@@ -8,13 +8,14 @@ from typing import Protocol as Interface
 
 from rlme.align.config import AlignConfig, JudgeStage
 from rlme.align.judge import PairwiseJudge
+from rlme.align.label_mass import LabelMass
 from rlme.align.prompts import AlignPrompt
-from rlme.align.protocols import load_protocol
+from rlme.align.protocols import Protocol, load_protocol
 from rlme.align.ranking import Candidates, Ranking, calls_needed, instruction_text, rank
 from rlme.config import evaluator_weights
 from rlme.evaluators.base import Evaluator
 from rlme.evaluators.build import make_judging, make_questions
-from rlme.judging import Sample, check_templates, judge
+from rlme.judging import Sample, judge
 from rlme.reward import weighted_sum
 
 Group = tuple[AlignPrompt, Sequence[str]]
@@ -23,6 +24,8 @@ Group = tuple[AlignPrompt, Sequence[str]]
 
 class Scorer(Interface):
     """Ranks candidates and knows beforehand how many calls that takes."""
+
+    label_mass: LabelMass
 
     def calls(self, groups: Sequence[Group]) -> int:
         """Judge calls needed for these groups."""
@@ -41,6 +44,13 @@ def make_scorer(stage: JudgeStage, evaluators: Sequence[Evaluator]) -> Scorer:
     return PairScorer(stage, evaluators, weights)
 
 
+def compare_protocol(config: AlignConfig, prompts: Sequence[AlignPrompt]) -> Protocol:
+    """What the judge of the final comparison is told; `base` where a prompt has no reference to show."""
+    assert config.compare is not None
+    referenced = all(p.references for p in prompts)
+    return load_protocol(config.compare.protocol or (config.judge.protocol if referenced else "base"))
+
+
 def compare_judge(
     config: AlignConfig,
     evaluators: Sequence[Evaluator],
@@ -48,13 +58,11 @@ def compare_judge(
     *,
     weights: Sequence[float],
 ) -> PairwiseJudge:
-    """The judge of the final comparison; `base` where a prompt has no reference to show."""
-    assert config.compare is not None
-    referenced = all(p.references for p in prompts)
+    """The judge of the final comparison."""
     stage = config.judge
     return PairwiseJudge(
         evaluators,
-        load_protocol(config.compare.protocol or (stage.protocol if referenced else "base")),
+        compare_protocol(config, prompts),
         weights=weights,
         vote=stage.vote,
         max_tokens=stage.max_tokens,
@@ -77,6 +85,7 @@ class PairScorer:
             too_long=stage.too_long,
             critique_tokens=stage.critique_tokens,
         )
+        self.label_mass = self.judge.label_mass
 
     def calls(self, groups: Sequence[Group]) -> int:
         """Comparisons of different candidates, times references and evaluators."""
@@ -103,6 +112,7 @@ class QuestionScorer:
         self.questions = make_questions(stage.questions)
         self.judging = make_judging(stage.judging)
         self.weights = [v * q.weight for v in weights for q in self.questions]
+        self.label_mass = LabelMass("question")
 
     def calls(self, groups: Sequence[Group]) -> int:
         """Candidates times questions times evaluators."""
@@ -110,7 +120,6 @@ class QuestionScorer:
 
     def rank(self, groups: Sequence[Group], *, seed: int) -> list[Ranking]:
         """One ranking per group; nothing is random here."""
-        check_templates(self.questions, self.judging, list(groups[0][0].columns))
         samples = [
             Sample(p.prompt if isinstance(p.prompt, str) else tuple(p.prompt), text, columns=p.columns)
             for p, texts in groups
@@ -130,6 +139,8 @@ class QuestionScorer:
             failures = Counter(j.failure.value for row in found for j in row if j.failure is not None)
             mass = sum(masses) / len(masses) if masses else None
             flat = [j for row in found for j in row]
+            for one in flat:
+                self.label_mass.add(one.evaluator, one.question, one.mass)
             tokens, cost = sum(j.tokens_in for j in flat), sum(j.cost for j in flat)
             rankings.append(
                 Ranking(tuple(scores), best, worst, len(flat), dict(failures), 0, mass, tokens_in=tokens, cost=cost)

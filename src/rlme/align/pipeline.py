@@ -20,13 +20,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from rlme.align import costs, winrates
+from rlme.align import costs, train, winrates
+from rlme.align.checks import check_ahead, check_output
 from rlme.align.config import AlignConfig, CompareStage
 from rlme.align.judging import Group, compare_judge, make_scorer
+from rlme.align.label_mass import LabelMass
 from rlme.align.pairs import Pair, choose, require_pairs
 from rlme.align.prompts import encode_whole, load_prompts
 from rlme.align.protocols import load_protocol
@@ -38,6 +39,7 @@ from rlme.errors import InputError, RunStopped
 from rlme.evaluators.base import Evaluator
 from rlme.evaluators.spending import Ledger, estimates
 from rlme.models import load_tokenizer
+from rlme.training.run_folder import RunFolder
 
 JUDGED_AT_ONCE = 4
 """Prompts whose comparisons are asked together; also what is redone after an interruption."""
@@ -52,6 +54,7 @@ class Alignment:
         self.folder = config.folder
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise InputError("rlme align runs in one process: start it without accelerate launch or torchrun.")
+        check_output(self.folder)
         load_protocol(config.judge.protocol)  # refused before anything is loaded
         if config.compare is not None and config.compare.protocol is not None:
             load_protocol(config.compare.protocol)
@@ -62,15 +65,20 @@ class Alignment:
         self.train, self.held_out = prompts.train, prompts.held_out
         for note in prompts.notes:
             self._say(note)
+        if config.compare is not None and not self.held_out:
+            self._say("no comparison in the end: give data.eval, or hold prompts out with data.hold_out")
         self.models = RunModels(config, self.tokenizer)
+        check_ahead(config, self.models, prompts)
+        self.warned: set[tuple[str, str]] = set()
         self.ledger = Ledger(self.folder / "spent.json")
 
     def run(self) -> list[dict[str, Any]]:
         """All stages; finished ones are skipped."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.yaml").write_text(
-            yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
-        )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"output is {str(self.folder)!r}, which cannot be made: {error.strerror}") from None
+        RunFolder(self.folder).write_config(self.config.model_dump(mode="json"))
         try:
             return self._stages()
         finally:
@@ -78,14 +86,8 @@ class Alignment:
 
     def _stages(self) -> list[dict[str, Any]]:
         config = self.config
-        rounds = ["dpo"] if config.rounds == 1 else [f"dpo-{n}" for n in range(1, config.rounds + 1)]
         if not any(self.folder.glob("**/stage.json")):
-            planned = [
-                "base",
-                *(["sft"] if config.sft else []),
-                *rounds,
-                *(config.compare.also if config.compare else ()),
-            ]
+            planned = [*config.own_models, *(config.compare.also if config.compare else ())]
             expected = costs.whole_run(config, self.models, planned, self.train, self.held_out)
             self._estimate(expected, "at most", "in the whole run", costs.LONGEST)
         policy, state = self._start()
@@ -94,16 +96,11 @@ class Alignment:
             policy, state = self._sft(state)
             names["sft"] = policy
         first = policy
-        for number, name in enumerate(rounds, 1):
+        for number, name in enumerate(config.own_models[-config.rounds :], 1):
             policy, state = self._round(number, policy, state, first)
             names[name] = policy
-        if config.compare is None:
+        if config.compare is None or not self.held_out:
             return []
-        if not self.held_out:
-            self._say("no comparison: give data.eval, or hold prompts out with data.hold_out")
-            return []
-        if taken := next((name for name in config.compare.also if name in names), None):
-            raise InputError(f"compare.also: the name {taken!r} is taken by a model of this run; choose another.")
         return self._compare(names | config.compare.also, state, first)
 
     # stages
@@ -136,9 +133,7 @@ class Alignment:
             )
         self._say(f"sft: {len(examples)} references" + (f", {too_long} too long and left out" if too_long else ""))
         stage.begin()
-        from rlme.align.train import sft
-
-        summary = sft(config, self.models.trainable(config.model.path), self.tokenizer, examples, stage.folder)
+        summary = train.sft(config, self.models.trainable(config.model.path), self.tokenizer, examples, stage.folder)
         self._finish(stage, "sft", summary | {"examples": len(examples), "too_long": too_long})
         return model, stage.inputs
 
@@ -162,9 +157,7 @@ class Alignment:
                 Pair(**{k: row[k] for k in Pair.__slots__}) for row in Lines(pairing.folder / "pairs.jsonl").read()
             ]
             training.begin()
-            from rlme.align.train import dpo
-
-            summary = dpo(config, self.models.trainable(policy), self.tokenizer, pairs, training.folder)
+            summary = train.dpo(config, self.models.trainable(policy), self.tokenizer, pairs, training.folder)
             self._finish(training, f"{where}dpo", summary | {"pairs": len(pairs)})
         return str(training.folder / "model"), training.inputs
 
@@ -221,6 +214,7 @@ class Alignment:
                 chunk = left[begin : begin + JUDGED_AT_ONCE]
                 rankings = scorer.rank([groups[i] for i in chunk], seed=self.config.seed * 1000 + number)
                 lines.append([{"index": i} | asdict(r) for i, r in zip(chunk, rankings, strict=True)])
+                self._warn(scorer.label_mass)
                 self.ledger.save()
                 advance(len(chunk))
         rows = sorted(lines.read(), key=lambda row: int(row["index"]))
@@ -324,6 +318,7 @@ class Alignment:
                 instruction = instruction_text(prompt.prompt)
                 matches = winrates.play(names, [answers[i]], [instruction], [prompt.references], judge, i)
                 lines.append([asdict(match) for match in matches])
+                self._warn(judge.label_mass)
                 self.ledger.save()
                 advance(1)
         matches = [winrates.Match(**(row | {"lengths": tuple(row["lengths"])})) for row in lines.read()]
@@ -380,6 +375,12 @@ class Alignment:
         stage.finish(info)
         shown = ", ".join(f"{k.replace('_', ' ')} {_short(v)}" for k, v in info.items() if v not in (None, {}, []))
         self._say(f"{title}: {shown}")
+
+    def _warn(self, found: LabelMass) -> None:
+        for key, text in found.warnings(self.config.judge.judging.mass_warning).items():
+            if key not in self.warned:
+                self.warned.add(key)
+                self.console.print(text, style="yellow", markup=False, highlight=False)
 
     def _say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False)

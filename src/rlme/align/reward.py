@@ -139,7 +139,7 @@ class PairwiseReward:
             for key, m in groups.items()
         ]
         judge = self._ready(trainer)
-        accelerator = trainer.accelerator if trainer is not None else None
+        accelerator = getattr(trainer, "accelerator", None)
         with stopping_together(accelerator):
             self.rankings = rank(candidates, judge, self.schedule, seed=self.seed)
         rewards: list[float | None] = [None] * len(texts)

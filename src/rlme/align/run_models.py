@@ -17,7 +17,7 @@ from rlme.evaluators.base import Evaluator
 from rlme.evaluators.build import STYLES, build_evaluators
 from rlme.evaluators.local import LocalEvaluator
 from rlme.lora import lora_arguments
-from rlme.models import check_gradient_checkpointing, fast_bfloat16, load_model
+from rlme.models import check_gradient_checkpointing, check_model, fast_bfloat16, load_model, load_tokenizer
 from rlme.sampling import sample
 
 
@@ -79,6 +79,20 @@ class RunModels:
         served = [c for c in configs if c.endpoint is not None]
         return self.evaluators(served, "", "") if served else []
 
+    def without_weights(self, configs: Sequence[EvaluatorConfig]) -> list[Evaluator]:
+        """Stand-ins for the configured judges that are no endpoints: they have a tokenizer, but cannot judge."""
+        found: list[Evaluator] = []
+        for spec in configs:
+            if spec.model is None:
+                continue
+            tokenizer = self.tokenizer
+            if spec.model not in ("live", "frozen"):
+                revision, trust = spec.revision, spec.trust_remote_code
+                check_model(spec.model, revision, trust, load_in_4bit=spec.load_in_4bit)
+                tokenizer = load_tokenizer(spec.model, revision=revision, trust_remote_code=trust)
+            found.append(LocalEvaluator(None, tokenizer, name=spec.label, chat=STYLES[spec.style]))
+        return found
+
     def trainable(self, source: str) -> Any:
         """A model of its own: training changes it, so it must not be handed out again afterwards."""
         self._loaded = None
@@ -107,6 +121,7 @@ class RunModels:
             if stage is not None and stage.gradient_checkpointing:
                 check_gradient_checkpointing(model, f"{name}.gradient_checkpointing")
         lora_arguments(self.config.lora, model)
+
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from rich.progress import Progress
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.integrations import get_reporting_integration_callbacks
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from rlme.align.config import AlignConfig, DPOStage, SFTStage
@@ -23,6 +24,7 @@ from rlme.errors import InputError
 from rlme.lora import lora_arguments
 from rlme.memory import keep_freed_memory, prefer_huge_pages
 from rlme.models import default_device, fast_bfloat16
+from rlme.training.settings import check_types
 
 Example = dict[str, Any]
 # Arguments that keys of the stage set; under `trl:` they would contradict them.
@@ -44,16 +46,10 @@ class _DPO(ReadsCheckpoints, DPOTrainer):
 
 def sft(config: AlignConfig, model: Any, tokenizer: Any, examples: Sequence[Example], folder: Path) -> dict[str, float]:
     """Fine-tune on `prompt` -> `completion` examples and save the model under `folder`/model."""
-    assert config.sft is not None
-    settings = _settings(config, config.sft, folder, len(examples)) | {
-        "lr_scheduler_type": "linear",
-        "completion_only_loss": True,
-    }
-    arguments = _arguments(SFTConfig, settings, config.sft.trl, "sft.trl")
     data = Dataset.from_list(list(examples))
     trainer = _SFT(
         model,
-        args=arguments,
+        args=sft_arguments(config, folder, len(examples)),
         train_dataset=data,
         processing_class=tokenizer,
         peft_config=lora_arguments(config.lora, model),
@@ -66,14 +62,6 @@ def dpo(config: AlignConfig, model: Any, tokenizer: Any, pairs: Sequence[Pair], 
 
     The reference log-probabilities are computed once, before the first update, so no second model is held.
     """
-    settings = _settings(config, config.dpo, folder, len(pairs)) | {
-        "lr_scheduler_type": "cosine",
-        "beta": config.dpo.beta,
-        "loss_type": ["sigmoid"],
-        "precompute_ref_log_probs": True,
-        "max_grad_norm": 0.0,  # no clipping, as in the authors' code
-    }
-    arguments = _arguments(DPOConfig, settings, config.dpo.trl, "dpo.trl")
     data = Dataset.from_list(
         [
             {"prompt": pair.prompt, "chosen": as_answer(pair.prompt, pair.chosen)}
@@ -83,12 +71,38 @@ def dpo(config: AlignConfig, model: Any, tokenizer: Any, pairs: Sequence[Pair], 
     )
     trainer = _DPO(
         model,
-        args=arguments,
+        args=dpo_arguments(config, folder, len(pairs)),
         train_dataset=data,
         processing_class=tokenizer,
         peft_config=lora_arguments(config.lora, model),
     )
     return _train(trainer, tokenizer, folder, "dpo")
+
+
+def sft_arguments(config: AlignConfig, folder: Path, examples: int) -> SFTConfig:
+    """The stage's settings as TRL takes them.
+
+    Raises:
+        InputError: naming what TRL does not take in `sft.trl`.
+    """
+    assert config.sft is not None
+    settings = _settings(config, config.sft, folder, examples) | {
+        "lr_scheduler_type": "linear",
+        "completion_only_loss": True,
+    }
+    return _arguments(SFTConfig, settings, config.sft.trl, "sft.trl")
+
+
+def dpo_arguments(config: AlignConfig, folder: Path, pairs: int) -> DPOConfig:
+    """As `sft_arguments`."""
+    settings = _settings(config, config.dpo, folder, pairs) | {
+        "lr_scheduler_type": "cosine",
+        "beta": config.dpo.beta,
+        "loss_type": ["sigmoid"],
+        "precompute_ref_log_probs": True,
+        "max_grad_norm": 0.0,  # no clipping, as in the authors' code
+    }
+    return _arguments(DPOConfig, settings, config.dpo.trl, "dpo.trl")
 
 
 def as_answer(prompt: Any, text: str) -> Any:
@@ -134,10 +148,18 @@ def _arguments(kind: type[Any], settings: dict[str, Any], extra: dict[str, Any],
             near = difflib.get_close_matches(key, sorted(known), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise InputError(f"{where}.{key} is no argument of TRL's {kind.__name__}{hint}")
+    # Of a list of losses TRL also takes one name.
+    check_types(kind, {key: value for key, value in extra.items() if key != "loss_type"}, where)
     try:
-        return kind(**(settings | extra))
-    except (ValueError, TypeError, ImportError) as error:
-        raise InputError(f"{where}: TRL does not accept these settings: {error}") from None
+        arguments = kind(**(settings | extra))
+        for callback in get_reporting_integration_callbacks(arguments.report_to):
+            callback()  # raises where its package is missing
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        keys = ", ".join(f"{where}.{key}" for key in extra) or where
+        raise InputError(f"{keys}: TRL does not accept these settings: {error}") from None
+    if arguments.eval_strategy != "no":
+        raise InputError(f"{where}.eval_strategy is {extra['eval_strategy']!r}, expected no: the stage only trains")
+    return arguments
 
 
 disable_progress_bars()  # a bar for each of TRL's small steps would bury ours

@@ -60,10 +60,12 @@ def judge_bench(
     """Measure judges on labelled pairs or answers: accuracy in both orders, position and length bias, calibration."""
     from rich.console import Console
 
-    from rlme.errors import InputError
+    from rlme.errors import InputError, RunStopped
     from rlme.judgebench.analysis import RESAMPLES, analyse
+    from rlme.result_files import check_writable
 
     console = Console(width=None if sys.stdout.isatty() else 180)  # tables in a log are not folded
+    check_writable(table)
     folder = output
     if verdicts is not None:
         if config is not None or judge or data or protocol or question or overrides:
@@ -71,6 +73,7 @@ def judge_bench(
         from rlme.judgebench.run import load_recorded
 
         runs = load_recorded(str(verdicts), columns=_mapping(column))
+        _make_folder(folder)
         count, start = RESAMPLES if resamples is None else resamples, seed or 0
     else:
         from rlme.judgebench.config import BenchConfig
@@ -81,7 +84,11 @@ def judge_bench(
         content = apply_overrides(content, overrides or [])
         settings = validate(BenchConfig, content, str(config or "judge-bench"))
         folder = Path(settings.output) if settings.output else None
-        runs = _judge(settings, folder, console)
+        try:
+            runs = _judge(settings, folder, console)
+        except KeyboardInterrupt:
+            how = f"the same command goes on with what is in {folder}" if folder else "no --output, so nothing is kept"
+            raise RunStopped(f"interrupted; {how}") from None
         count, start = settings.resamples, settings.seed
     result = analyse(runs, resamples=count, seed=start)
     _show(result, console)
@@ -132,6 +139,22 @@ def _mapping(pairs: Many) -> dict[str, str]:
     return found
 
 
+def _make_folder(folder: Path | None) -> None:
+    """The folder for the report, unless it holds a run of another command, whose files would be overwritten."""
+    from rlme.config_file import read_yaml
+    from rlme.errors import InputError
+
+    if folder is None:
+        return
+    config = folder / "config.yaml"
+    if config.is_file() and "model" in read_yaml(config):
+        raise InputError(f"{folder} holds a run of rlme train or rlme align: choose another `output` (or --output)")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output is {str(folder)!r}, which cannot be made: {error.strerror}") from None
+
+
 def _judge(settings: Any, folder: Path | None, console: Console) -> list[Run]:
     """Make all runs, with the number of calls said first and every finished run on disk."""
     from rich.markup import escape
@@ -157,6 +180,7 @@ def _judge(settings: Any, folder: Path | None, console: Console) -> list[Run]:
     sets = load_sets(settings)  # read before a model is loaded
     for sentence in without_references(settings, sets):
         console.print(sentence, markup=False, highlight=False)
+    _make_folder(folder)
     _quiet()
     evaluators = build_evaluators(
         settings.judges, cache=settings.judging, max_context_tokens=settings.judging.max_context_tokens
@@ -168,7 +192,6 @@ def _judge(settings: Any, folder: Path | None, console: Console) -> list[Run]:
     console.print(f"{len(left)} runs, {sum(job.calls for job in left)} judge calls{reused}", highlight=False)
     ledger = None
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
         ledger = Ledger(folder / "spent.json")
         ledger.adopt(evaluators)
     for text, style in estimates(
@@ -231,7 +254,6 @@ def _write(result: dict[str, Any], runs: Sequence[Run], folder: Path) -> None:
     from rlme.judgebench.report import markdown, page
     from rlme.judgebench.run import save_records
 
-    folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "verdicts.jsonl").exists():  # else it holds these runs, and perhaps more
         save_records(runs, folder / "verdicts.jsonl")
     (folder / "report.md").write_text(markdown(result), encoding="utf-8")

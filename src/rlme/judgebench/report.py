@@ -113,8 +113,9 @@ def _tests(tests: Sequence[dict[str, Any]]) -> Table:
         p = [_p_value(t["p_bootstrap"]), _p_value(t["p_holm"])]
         mcnemar = [str(t["only_a_right"]), str(t["only_b_right"]), _p_value(t["p_mcnemar"])]
         rows.append([t["set"], _side(t["a"]), _side(t["b"]), str(t["items"]), difference, *p, *mcnemar])
-    title = "Paired tests (accuracy of B minus A on the same items)"
-    return title, [*columns, "only A right", "only B right", "p (McNemar)"], rows
+    measures = "difference: B minus A, mean of both orders; only A or B right: averaged probability"
+    columns += ["only A right", "only B right", "p (McNemar)"]
+    return f"Paired tests of accuracy ({measures})", columns, rows
 
 
 def _agreement(found: Sequence[dict[str, Any]]) -> Table:
