@@ -250,7 +250,9 @@ def check_gradient_checkpointing(model: "PreTrainedModel", key: str) -> None:
         raise InputError(f"{key} is true, expected false: {type(model).__name__} cannot compute its activations again.")
 
 
-def check_model(source: str | Path, revision: str | None, trust_remote_code: bool, *, load_in_4bit: bool = False) -> None:
+def check_model(
+    source: str | Path, revision: str | None, trust_remote_code: bool, *, load_in_4bit: bool = False
+) -> None:
     """Raise `InputError` where a model cannot be loaded, as far as that is known without its weights."""
     parsed = ModelSource.parse(source)
     if load_in_4bit:

@@ -123,7 +123,6 @@ class RunModels:
         lora_arguments(self.config.lora, model)
 
 
-
 @contextmanager
 def _reading(model: Any) -> Iterator[Any]:
     """Weights stay as training needs them (float32); judging computes like sampling."""
