@@ -8,7 +8,7 @@ from rlme.config import Config
 from rlme.data import PromptSet
 from rlme.errors import InputError
 from rlme.evaluators.build import make_judging, make_questions
-from rlme.judging import Judging, check_templates
+from rlme.judging import check_templates
 from rlme.models import load_tokenizer
 from rlme.questions import Question
 from rlme.training.build import check_pairwise, load_prompts
@@ -16,8 +16,8 @@ from rlme.training.run_folder import RunFolder
 from rlme.training.settings import trl_arguments
 
 
-def check_start(config: Config, prompts: PromptSet) -> tuple[list[Question], Judging]:
-    """Refuse what does not go with these prompts; returns the questions and how they are asked.
+def check_start(config: Config, prompts: PromptSet) -> list[Question]:
+    """Refuse what does not go with these prompts; returns the questions.
 
     Raises:
         InputError: gold that is needed and missing, references likewise, a template that uses what is not there.
@@ -28,7 +28,7 @@ def check_start(config: Config, prompts: PromptSet) -> tuple[list[Question], Jud
         check_pairwise(config, prompts)
     questions, judging = make_questions(config.questions), make_judging(config.judging)
     check_templates(questions, judging, list(prompts.prompts[0].columns))
-    return questions, judging
+    return questions
 
 
 def check_file(config: Config) -> list[str]:

@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -16,14 +17,18 @@ from typing import Any
 import torch
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback
+from trl import GRPOConfig
 
-from rlme.config import Config
+from rlme.config import Config, EvaluatorConfig
 from rlme.config_file import read_yaml
+from rlme.data import PromptSet
 from rlme.errors import InputError, RunStopped
-from rlme.evaluators.build import STYLES, check_evaluator
+from rlme.evaluators.base import Evaluator
+from rlme.evaluators.build import STYLES, check_evaluator, make_judging, make_questions
 from rlme.evaluators.local import LocalEvaluator
 from rlme.lora import lora_arguments
 from rlme.models import check_gradient_checkpointing, load_model, load_tokenizer
+from rlme.reward import MetaReward
 from rlme.training.build import (
     adopt,
     check_pairwise_judge,
@@ -70,39 +75,18 @@ def _train(
         if part is not None and main:
             for line in part.report.sentences():
                 console.print(f"{name}: {line}", markup=False, highlight=False)
-    pairwise = config.reward.mode == "pairwise"
-    questions, judging = check_start(config, prompts)
+    questions, _ = check_start(config, prompts)
     folder = resume or RunFolder(config.folder)
     arguments = trl_arguments(config, folder, processes=int(os.environ.get("WORLD_SIZE", "1")))
     with console.status(f"loading {config.model.path}"):
         model = load_model(config.model.path, dtype=config.model.dtype, **loading)
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or -1
-    if main and 0 < limit < (prompts.report.longest_tokens or 0) + config.train.max_completion_tokens:
-        console.print(
-            f"warning: the model reads at most {limit} tokens, and the longest prompt "
-            f"({prompts.report.longest_tokens}) with a completion of {config.train.max_completion_tokens} has more",
-            style="yellow",
-        )
+    if main:
+        _warn_of_length(model, prompts, config, console)
     if arguments.gradient_checkpointing:
         check_gradient_checkpointing(model, "train.gradient_checkpointing")
     adapter = lora_arguments(config.lora, model)
-    specs = config.evaluators if questions or pairwise else []
-    deferred = {"live"} | ({"frozen"} if config.lora else set())
-    with console.status("loading the evaluators"):
-        evaluators = [str(s.model) if s.model in deferred else make_evaluator(s, config) for s in specs]
-    for spec, evaluator in zip(specs, evaluators, strict=True):
-        # what cannot be asked is said now, before anything is written
-        asked = (
-            LocalEvaluator(model, tokenizer, name=spec.label, chat=STYLES[spec.style])
-            if isinstance(evaluator, str)
-            else evaluator
-        )
-        if pairwise:
-            check_pairwise_judge(asked, config)
-        else:
-            check_evaluator(asked, questions, judging)
-        if main and (found := getattr(asked, "summary", None)):
-            console.print(found, markup=False, highlight=False)
+    specs = config.evaluators if questions or config.reward.mode == "pairwise" else []
+    evaluators = _load_evaluators(specs, config, model, tokenizer, console)
     reward = make_reward(config, evaluators)
     digests = {part: found.digest() for part, found in (("train", prompts), ("eval", held_out)) if found is not None}
     if resume is not None:
@@ -112,24 +96,11 @@ def _train(
     if main:
         held.callback(folder.lock().release)
     try:
-        trainer = RLMETrainer(
-            model,
-            reward,
-            share_prefixes=config.train.share_prefixes,
-            token_budget=config.train.token_budget,
-            stop_strings=config.train.stop,
-            args=arguments,
-            train_dataset=training_dataset(prompts, config),
-            processing_class=tokenizer,
-            peft_config=adapter,
-        )
-    except Exception as error:
+        trainer = _make_trainer(config, model, reward, arguments, prompts, tokenizer, adapter)
+    except Exception:
         if resume is None and main:
             shutil.rmtree(folder.path)  # nothing has happened in it
-        if not config.trl or isinstance(error, InputError):
-            raise
-        keys = ", ".join(f"trl.{key}" for key in config.trl)
-        raise InputError(f"TRL does not start with {keys} as given: {error}") from error
+        raise
     adopt(reward, specs, trainer)
     checkpoint = None
     step = 0
@@ -206,6 +177,69 @@ def _train(
         )
     save_final(trainer, folder)
     return folder
+
+
+def _warn_of_length(model: Any, prompts: PromptSet, config: Config, console: Console) -> None:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or -1
+    longest, most = prompts.report.longest_tokens or 0, config.train.max_completion_tokens
+    if 0 < limit < longest + most:
+        console.print(
+            f"warning: the model reads at most {limit} tokens, and the longest prompt ({longest}) with a completion of "
+            f"{most} has more",
+            style="yellow",
+        )
+
+
+def _load_evaluators(
+    specs: Sequence[EvaluatorConfig], config: Config, model: Any, tokenizer: Any, console: Console
+) -> list[str | Evaluator]:
+    """The evaluators, `live` and `frozen` by name where they are the policy itself. What cannot be asked is said now,
+    before anything is written."""
+    questions, judging = make_questions(config.questions), make_judging(config.judging)
+    deferred = {"live"} | ({"frozen"} if config.lora else set())
+    with console.status("loading the evaluators"):
+        evaluators = [str(s.model) if s.model in deferred else make_evaluator(s, config) for s in specs]
+    for spec, evaluator in zip(specs, evaluators, strict=True):
+        asked = (
+            LocalEvaluator(model, tokenizer, name=spec.label, chat=STYLES[spec.style])
+            if isinstance(evaluator, str)
+            else evaluator
+        )
+        if config.reward.mode == "pairwise":
+            check_pairwise_judge(asked, config)
+        else:
+            check_evaluator(asked, questions, judging)
+        if found := getattr(asked, "summary", None):
+            console.print(found, markup=False, highlight=False)
+    return evaluators
+
+
+def _make_trainer(
+    config: Config,
+    model: Any,
+    reward: MetaReward,
+    arguments: GRPOConfig,
+    prompts: PromptSet,
+    tokenizer: Any,
+    adapter: Any,
+) -> RLMETrainer:
+    try:
+        return RLMETrainer(
+            model,
+            reward,
+            share_prefixes=config.train.share_prefixes,
+            token_budget=config.train.token_budget,
+            stop_strings=config.train.stop,
+            args=arguments,
+            train_dataset=training_dataset(prompts, config),
+            processing_class=tokenizer,
+            peft_config=adapter,
+        )
+    except Exception as error:
+        if not config.trl or isinstance(error, InputError):
+            raise
+        keys = ", ".join(f"trl.{key}" for key in config.trl)
+        raise InputError(f"TRL does not start with {keys} as given: {error}") from error
 
 
 def check_same_prompts(folder: RunFolder, digests: dict[str, str]) -> None:
