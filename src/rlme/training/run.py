@@ -75,7 +75,7 @@ def _train(
         if part is not None and main:
             for line in part.report.sentences():
                 console.print(f"{name}: {line}", markup=False, highlight=False)
-    questions, _ = check_start(config, prompts)
+    questions = check_start(config, prompts)
     folder = resume or RunFolder(config.folder)
     arguments = trl_arguments(config, folder, processes=int(os.environ.get("WORLD_SIZE", "1")))
     with console.status(f"loading {config.model.path}"):
@@ -84,7 +84,7 @@ def _train(
         _warn_of_length(model, prompts, config, console)
     if arguments.gradient_checkpointing:
         check_gradient_checkpointing(model, "train.gradient_checkpointing")
-    adapter = lora_arguments(config.lora, model)
+    lora_arguments(config.lora, model)  # what does not fit is said before anything is written
     specs = config.evaluators if questions or config.reward.mode == "pairwise" else []
     evaluators = _load_evaluators(specs, config, model, tokenizer, console)
     reward = make_reward(config, evaluators)
@@ -96,7 +96,7 @@ def _train(
     if main:
         held.callback(folder.lock().release)
     try:
-        trainer = _make_trainer(config, model, reward, arguments, prompts, tokenizer, adapter)
+        trainer = _make_trainer(config, model, reward, arguments, prompts, tokenizer)
     except Exception:
         if resume is None and main:
             shutil.rmtree(folder.path)  # nothing has happened in it
@@ -215,14 +215,9 @@ def _load_evaluators(
 
 
 def _make_trainer(
-    config: Config,
-    model: Any,
-    reward: MetaReward,
-    arguments: GRPOConfig,
-    prompts: PromptSet,
-    tokenizer: Any,
-    adapter: Any,
+    config: Config, model: Any, reward: MetaReward, arguments: GRPOConfig, prompts: PromptSet, tokenizer: Any
 ) -> RLMETrainer:
+    adapter = lora_arguments(config.lora, model)
     try:
         return RLMETrainer(
             model,
