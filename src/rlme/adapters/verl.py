@@ -43,6 +43,8 @@ async def compute_score(
         raise KeyError(
             f"extra_info has no {prompt_key!r} ({data_source}); set reward_kwargs.prompt_key to the prompt's key"
         )
+    if missing := [name for name in columns if name not in extra]:
+        raise KeyError(f"extra_info has no {missing[0]!r} ({data_source}), which reward_kwargs.columns names")
     item = {
         "prompt": prompt if isinstance(prompt, str) else [dict(turn) for turn in prompt],
         "completion": solution_str,
