@@ -266,3 +266,14 @@ def test_best_checkpoint_is_by_gold_then_heldout_never_by_reward() -> None:
     assert best_metric({"judge/big/q/probability": 0.9, GOLD: 0.1}) == GOLD
     assert best_metric({"judge/big/q/probability": 0.9}) == "judge/big/q/probability"
     assert best_metric({}) is None
+
+
+def test_a_reward_that_never_moves_does_not_rise() -> None:
+    """And one that has come to its end, still the highest, does."""
+    for start, expected in ((0.5, False), (0.1, True)):
+        alarm = Alarm(prompts=50)
+        said = []
+        for step in range(1, 301):
+            held_out = {GOLD: 0.9 if step < 200 else 0.4} if step % 10 == 0 else {}
+            said.append(alarm.update(step, start if step < 20 else 0.5, held_out))
+        assert any(said) == expected

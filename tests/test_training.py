@@ -162,6 +162,22 @@ def test_reward_modes(mode: str, tiny_policy_dir: Path, tmp_path: Path) -> None:
     assert [r["reward"] for r in rollouts] == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["rlvr", "rlvr+rlme", "rlme"])
+def test_the_judged_part_of_a_hybrid_reward_is_shown(mode: str, tiny_policy_dir: Path, tmp_path: Path) -> None:
+    """Normalised, the reward's mean is 0 whatever happens; what is not trained on is not shown as if it were."""
+    data = {"eval": str(write_jsonl(tmp_path / "held-out.jsonl", PROMPTS[:2]))}
+    train(str(write_config(tmp_path, tiny_policy_dir, data=data, reward=mode)))
+    for line in read_metrics(tmp_path / "run"):
+        assert ("eval/reward/judged" in line) == (mode == "rlvr+rlme" and "eval/gold/accuracy" in line)
+        assert ("reward/judged" in line) == (mode == "rlvr+rlme" and line["step"] > 0)
+    if mode == "rlvr+rlme":
+        rows = [row for row in read_rollouts(tmp_path / "run") if row["step"] == 1]
+        sums = [sum(j["weight"] * j["score"] for j in row["judgements"]) for row in rows]
+        (line,) = (line for line in read_metrics(tmp_path / "run") if line["step"] == 1)
+        assert line["reward/judged"] == pytest.approx(sum(sums) / len(sums))
+        assert abs(line["reward"]) < 1e-9
+
+
 def test_anchor_marks_a_fixed_fraction_of_the_prompts(tiny_policy_dir: Path, tmp_path: Path) -> None:
     def anchored(name: str, seed: int) -> set[int]:
         folder = tmp_path / name

@@ -366,8 +366,8 @@ class Config(Section):
                 )
         names = [e.label for e in self.evaluators]
         for kind, given in (("a question", self.questions), ("an evaluator", names)):
-            if wrong := [name for name in given if not name.strip() or "/" in name]:
-                raise ValueError(f"the name of {kind} is {wrong[0]!r}, expected at least one letter and no slash")
+            if wrong := [name for name in given if not name.strip() or "/" in name or not name.isprintable()]:
+                raise ValueError(f"the name of {kind} is {wrong[0]!r}, expected printable characters, and no slash")
         if duplicate := next((n for n in names if names.count(n) > 1), None):
             raise ValueError(f"two evaluators are called {duplicate!r}: give one of them another `name`")
         return self

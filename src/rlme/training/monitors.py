@@ -89,22 +89,11 @@ def _all_judgements(rows: Iterable[Row]) -> Iterable[Mapping[str, Any]]:
     return (judgement for row in rows for judgement in row.get("judgements") or ())
 
 
-def _judged(row: Row) -> float | None:
-    """The weighted sum of its judgements (RLME eq. 3); None where one that counts is missing, or none counts."""
-    counting = [(j["weight"], j["score"]) for j in row.get("judgements") or () if j["weight"]]
-    if not counting or any(score is None for _, score in counting):
-        return None
-    return math.fsum(weight * score for weight, score in counting)
-
-
 def _rewards(rows: Sequence[Row], groups: Mapping[Any, list[Row]]) -> dict[str, float]:
     rewards = [row["reward"] for row in rows if row["reward"] is not None]
     metrics = {"reward_missing": 1 - len(rewards) / len(rows)}
     if rewards:
         metrics |= {"reward": fmean(rewards), "reward_std": pstdev(rewards)}
-        judged = [total for row in rows if (total := _judged(row)) is not None]
-        if judged and abs(fmean(judged) - metrics["reward"]) > 1e-9:
-            metrics["reward/judged"] = fmean(judged)
         known = [[r["reward"] for r in group if r["reward"] is not None] for group in groups.values()]
         if flat := [max(group) - min(group) < 1e-12 for group in known if len(group) > 1]:
             metrics["frac_groups_flat"] = fmean(flat)
@@ -227,7 +216,7 @@ class Alarm:
     level itself wanders.
 
     1. *The reward rises*: its mean over the last `reward_window` steps is the highest at any measurement so
-       far.
+       far, and above that of the first one.
     2. *The held-out number falls*: the mean of the last m measurements, for m = 1, 2 or 3, plus
        `upper` s / sqrt(m), is below the best lower bound of an earlier stretch: over all runs of L >=
        `stretch` consecutive measurements, the highest mean - `lower` s / sqrt(L). While there are fewer
@@ -243,6 +232,7 @@ class Alarm:
     lower: float = 2.0
     upper: float = 2.75
     _rewards: list[float] = field(default_factory=list, repr=False)
+    _first: float | None = field(default=None, repr=False)
     _highest: float = field(default=-math.inf, repr=False)
     _series: dict[str, _Series] = field(default_factory=dict, repr=False)
     _fired: dict[str, int] = field(default_factory=dict, repr=False)
@@ -258,7 +248,10 @@ class Alarm:
         if not heldout or not self._rewards:
             return None
         recent_reward = fmean(self._rewards)
-        rises = recent_reward >= self._highest
+        if self._first is None:
+            self._first = recent_reward
+        # One that has come to its end is still the highest; one that never moved, up to rounding, is not.
+        rises = recent_reward >= self._highest and recent_reward > self._first + 1e-9 * max(1.0, abs(self._first))
         self._highest = max(self._highest, recent_reward)
         falls = []
         for name, value in heldout.items():
@@ -333,9 +326,20 @@ def replay(alarm: Alarm, records: Iterable[Mapping[str, Any]], names: Sequence[s
         )
 
 
+def judged_part(rows: Iterable[Row]) -> dict[str, float]:
+    """Mean of the judged part of hybrid rewards (RLME eq. 3), before any normalisation, as `reward/judged`."""
+    parts = [
+        [(j["weight"], j["score"]) for j in row["judgements"] if j["weight"]]
+        for row in rows
+        if row["reward"] is not None
+    ]
+    sums = [math.fsum(weight * score for weight, score in part) for part in parts]
+    return {"reward/judged": fmean(sums)} if sums else {}
+
+
 def judged_reward(record: Mapping[str, Any]) -> float | None:
-    """What training on judgements pushes up: a reward with a verifiable part holds it only in part, and normalised over
-    the batch it is 0 at all times."""
+    """What training on judgements pushes up. A hybrid reward holds it only in part, and normalised over the batch that
+    is 0 at all times."""
     return record.get("reward/judged", record.get("reward"))
 
 

@@ -18,7 +18,7 @@ from rlme.processes import dealt
 from rlme.reward import Row, judgement_metrics
 from rlme.training.costs import Costs
 from rlme.training.drift import Drift
-from rlme.training.monitors import Alarm, batch_monitors, best_metric, best_step, judged_reward, replay
+from rlme.training.monitors import Alarm, batch_monitors, best_metric, best_step, judged_part, judged_reward, replay
 from rlme.training.run_folder import RunFolder
 from rlme.training.trainer import RLMETrainer
 
@@ -65,6 +65,8 @@ class Recorder(TrainerCallback):
         self.drift = Drift(folder.eval / "start.jsonl")
         self.measured: dict[int, float] = {}
         """Step -> the held-out number that the best checkpoint is chosen by."""
+        self.metric: str | None = None
+        """Its name: one and the same for the whole run."""
         self.rows: list[Row] = []
         self.stopped_by: str | None = None
         self._used: dict[str, dict[str, float]] = {}
@@ -99,7 +101,7 @@ class Recorder(TrainerCallback):
         record: Record = {"step": step}
         record |= {ours: logs[theirs] for theirs, ours in _NAMES.items() if logs.get(theirs) is not None}
         if self.rows:
-            record |= judgement_metrics(self.rows) | batch_monitors(self.rows)
+            record |= judgement_metrics(self.rows) | batch_monitors(self.rows) | self._judged_part(self.rows)
         record |= self._costs()
         if step == 1:
             record["time/load"] = self.load_seconds
@@ -132,10 +134,14 @@ class Recorder(TrainerCallback):
         free = [f"judge/{name}/probability" for name, w in zip(names, reward.weights, strict=True) if w == 0]
         return ["gold/accuracy", *free]
 
+    def _judged_part(self, rows: list[Row]) -> Record:
+        return judged_part(rows) if getattr(self.trainer.reward, "mode", None) == "rlvr+rlme" else {}
+
     def _note_best(self, record: Record) -> None:
         values = {name: record[f"eval/{name}"] for name in self._held_out_names() if f"eval/{name}" in record}
-        metric = best_metric(values)
-        if metric is None or record["step"] == 0:  # of the starting model there is no checkpoint
+        metric = self.metric = self.metric or best_metric(values)
+        # Of the starting model there is no checkpoint; what failed at a measurement is not compared at it.
+        if metric is None or metric not in values or record["step"] == 0:
             return
         self.measured[record["step"]] = values[metric]
         best = best_step(self.measured)
@@ -235,7 +241,7 @@ class Recorder(TrainerCallback):
         rows = sorted(gather_object(rows), key=lambda r: r["prompt_index"])
         if trainer.accelerator.is_main_process:
             self.folder.write_rows(rows, step, held_out=True)
-        record = judgement_metrics(rows) | batch_monitors(rows)
+        record = judgement_metrics(rows) | batch_monitors(rows) | self._judged_part(rows)
         rewards = [r["reward"] for r in rows if r["reward"] is not None]
         if rewards:
             record["reward"] = math.fsum(rewards) / len(rewards)
