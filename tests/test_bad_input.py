@@ -11,6 +11,8 @@ import pytest
 import yaml
 
 from rlme.cli import main
+from rlme.errors import InputError
+from rlme.training.run import check_same
 from rlme.training.run_folder import RunFolder
 from tests.tiny_runs import PROMPTS, tiny_config, write_jsonl
 
@@ -109,6 +111,17 @@ CASES: dict[str, tuple[Change, list[str]]] = {
     "template without the question": (put("judging.template", "{{ completion }}?"), ["'correct'", "{{ question }}"]),
     "template without the answer": (put("judging.template", "{{ question }}"), ["'correct'", "{{ completion }}"]),
     "output under a file": (lambda c, f: put("output", str(f / "prompts.jsonl" / "run"))(c, f), ["output", "prompts"]),
+    "another batch than ours": (put("trl", {"steps_per_generation": 2}), ["trl.steps_per_generation", "12", "6"]),
+    "accumulation that does not divide": (
+        put("trl", {"gradient_accumulation_steps": 4}),
+        ["trl.gradient_accumulation_steps", "4", "6"],
+    ),
+    "unknown form of an answer": (put("data.completion_format", "lastnumber"), ["lastnumber"]),
+    "half of a surrogate pair": (
+        lambda c, f: (f / "prompts.jsonl").write_text('{"question": "\\ud83d", "answer": "1"}\n'),
+        ["prompts.jsonl", "line 1", "surrogate"],
+    ),
+    "empty stop string": (put("train.stop", [""]), ["train.stop.0"]),
     "wrong target": (put("questions", {"a": {"ask": "Is it?", "target": "MAYBE"}}), ["MAYBE", "YES"]),
 }
 
@@ -202,7 +215,9 @@ def main_ends(arguments: list[str], code: int) -> None:
     assert (ended.value.code or 0) == code
 
 
-def test_what_a_run_goes_on_with(tiny_policy_dir: Path, tmp_path: Path, capsys: Any) -> None:
+def test_what_a_run_goes_on_with(
+    tiny_policy_dir: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Not with other prompts, beside another process, or from a broken checkpoint; more steps are written down."""
     config = tiny_config(tmp_path, tiny_policy_dir, train={"checkpoint_every": 1})
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
@@ -213,6 +228,11 @@ def test_what_a_run_goes_on_with(tiny_policy_dir: Path, tmp_path: Path, capsys: 
     write_jsonl(tmp_path / "prompts.jsonl", PROMPTS[:3])
     assert "data.train" in run(resume, capsys)
     (tmp_path / "prompts.jsonl").write_text(kept)
+    assert "has done 2" in run([*resume[:-1], "train.steps=1"], capsys)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="began with 1 processes, and these are 2"):
+        check_same(RunFolder(tmp_path / "run"), {})
+    monkeypatch.delenv("WORLD_SIZE")
     lock = RunFolder(tmp_path / "run").lock()
     assert "another process" in run(resume, capsys)
     lock.release()

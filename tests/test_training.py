@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from transformers import AutoModelForCausalLM
+from trl import GRPOConfig
 
-from rlme import InputError, MetaReward, RLMETrainer
+from rlme import InputError, Judging, LocalEvaluator, MetaReward, RLMETrainer, load_model, load_tokenizer
 from rlme.cli import main
 from rlme.commands import find_config, read_config
 from rlme.key_values import KeyValues
@@ -470,6 +472,67 @@ def test_more_tokens_than_the_model_reads_and_prompts_that_are_not_held_out(
     said = " ".join(capsys.readouterr().out.split())
     assert "1 also trained on" in said
     assert "the model reads at most 1024 tokens" in said
+
+
+def python_trainer(model: Any, tokenizer: Any, reward: MetaReward, folder: Path, prompts: int, **settings: Any) -> Any:
+    rows = [{"prompt": f"What is {i} plus {i}?"} for i in range(prompts)]
+    arguments = GRPOConfig(
+        str(folder), num_generations=2, per_device_train_batch_size=4, max_completion_length=4, report_to="none",
+        use_cpu=True, bf16=False, disable_tqdm=True, loss_type="cispo", epsilon_high=5.0, learning_rate=1e-2,
+        **settings,
+    )  # fmt: skip
+    return RLMETrainer(model, reward, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+
+
+def test_epochs_see_all_prompts(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    model, tokenizer = load_model(tiny_policy_dir), load_tokenizer(tiny_policy_dir)
+    reward = MetaReward("Is it short?", ["live"], judging=Judging(template="reply", readout="yes_no"))
+    trainer = python_trainer(model, tokenizer, reward, tmp_path, 6, num_train_epochs=2)
+    seen: list[str] = []
+    trainer.on_rollouts = lambda step, rows: seen.extend(row["prompt"] for row in rows)
+    trainer.train()
+    assert trainer.state.global_step == 6
+    assert len(set(seen)) == 6 and len(seen) == 24
+
+
+def test_frozen_is_the_policy_as_training_began(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    """Not what lies where it was once loaded from; nor is the model that a KL is measured against."""
+    model, tokenizer = load_model(tiny_policy_dir), load_tokenizer(tiny_policy_dir)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.3)
+    reward = MetaReward("Is it short?", ["live", "frozen"], judging=Judging(template="reply", readout="yes_no"))
+    trainer = python_trainer(model, tokenizer, reward, tmp_path, 4, max_steps=2, beta=0.1, logging_steps=1)
+    rows: list[Any] = []
+    trainer.on_rollouts = lambda step, found: rows.append(found)
+    trainer.train()
+    for step, found in enumerate(rows):
+        scores = [[j["score"] for j in row["judgements"]] for row in found]
+        assert all((abs(live - frozen) < 1e-5) == (step == 0) for live, frozen in scores)
+    kl = [line["kl"] for line in trainer.state.log_history if "kl" in line]
+    assert abs(kl[0]) < 1e-6 < kl[1]
+
+
+def test_an_adapter_can_be_trained_on(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    for name, model, lora in (("a", tiny_policy_dir, {}), ("b", None, {}), ("c", None, None)):
+        (tmp_path / name).mkdir()
+        start = model or tmp_path / "a/run/final-adapter"
+        train(str(write_config(tmp_path / name, start, lora=lora, train={"kl": 0.1})))
+        if name != "a":
+            assert abs(read_metrics(tmp_path / name / "run")[0]["kl"]) < 1e-6
+    merged, adapter = (load_model(tmp_path / "b/run" / part) for part in ("final", "final-adapter"))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    torch.testing.assert_close(adapter(ids).logits, merged(ids).logits, atol=1e-4, rtol=0)
+
+
+def test_text_that_begins_with_a_bos_gets_no_other(tiny_policy_dir: Path) -> None:
+    """As what a chat template has written does, where it is continued as text."""
+    tokenizer = load_tokenizer(tiny_policy_dir)
+    if tokenizer.bos_token is None:
+        tokenizer.bos_token = tokenizer.eos_token
+    evaluator = LocalEvaluator(None, tokenizer, name="it", chat=False)
+    (ids,) = evaluator._encode([(f"{tokenizer.bos_token}What is it?", "")])
+    assert ids.count(tokenizer.bos_token_id) == 1
 
 
 def test_one_reward(tiny_policy_dir: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -30,10 +31,7 @@ class ReadsCheckpoints:
             else:
                 self._load_whole(resume_from_checkpoint, model)
         except SafetensorError as error:
-            raise InputError(
-                f"{resume_from_checkpoint}: its weights cannot be read ({error}); delete this folder to go on from the "
-                "checkpoint before it"
-            ) from None
+            raise InputError(_unreadable(resume_from_checkpoint, error)) from None
 
     def _load_whole(self, folder: str, model: Any) -> None:
         written: dict[str, torch.Tensor] = {}
@@ -45,6 +43,10 @@ class ReadsCheckpoints:
             dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # which holds all of them exactly
             saved = type(model).from_pretrained(folder, config=model.config, dtype=dtype).state_dict()
             model.load_state_dict({name: saved[name] for name in result.missing_keys}, strict=False)
+
+
+def _unreadable(folder: str | None, error: Exception) -> str:
+    return f"{folder} cannot be read ({error}); delete this folder to go on from the checkpoint before it"
 
 
 class KeepsRollouts(ReadsCheckpoints):
@@ -64,7 +66,10 @@ class KeepsRollouts(ReadsCheckpoints):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Called once on resume, after the weights are back: restore what Transformers and TRL do not."""
         trainer: Any = self
-        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        except (EOFError, OSError, RuntimeError, UnpicklingError) as error:
+            raise InputError(_unreadable(checkpoint, error)) from None
         if checkpoint is None:
             return
         trainer._step = trainer.state.global_step * trainer.args.gradient_accumulation_steps

@@ -262,7 +262,7 @@ class TrainConfig(Section):
     """Drop tokens less likely than min_p times the most likely one; 0: off."""
     repetition_penalty: float = Field(1.0, gt=0)
     """1: off."""
-    stop: list[str] = []
+    stop: list[Annotated[str, Field(min_length=1)]] = []
     """A completion ends after any of these texts."""
     loss: Literal["cispo", "grpo", "bnpo", "dr_grpo", "dapo", "luspo", "sapo", "vespo"] = "cispo"
     """Policy loss, by TRL's names."""

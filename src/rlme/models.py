@@ -153,7 +153,8 @@ def load_model(
         )
         from peft import PeftModel
 
-        return cast("PreTrainedModel", PeftModel.from_pretrained(base, parsed.location).merge_and_unload().eval())
+        merged = PeftModel.from_pretrained(base, parsed.location).merge_and_unload()
+        return cast("PreTrainedModel", merged.requires_grad_(True).eval())
     if load_in_4bit:
         _check_4bit(parsed, target)
         options["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]

@@ -86,8 +86,13 @@ def _read_jsonl(path: Path, limit: int | None) -> list[tuple[int, Any]]:
             continue
         try:
             record = json.loads(line)
+            json.dumps(record, ensure_ascii=False).encode()
         except json.JSONDecodeError as error:
             raise InputError(f"{path}, line {number}: {_bad_json(error)}") from None
+        except UnicodeEncodeError:
+            raise InputError(f"{path}, line {number}: it holds half of a surrogate pair, which is no text.") from None
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, or lists thousands deep
+            raise InputError(f"{path}, line {number}: it cannot be read ({error}).") from None
         rows.append((number, _object(record, f"{path}, line {number}")))
     return rows
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -120,6 +121,7 @@ def named_evaluator(source: str, trainer: Any = None, *, name: str | None = None
 
     `options` go to `LocalEvaluator`.
     """
+    from rlme.evaluators.local import LocalEvaluator
     from rlme.evaluators.self_evaluator import frozen_adapter_evaluator, live_evaluator
 
     if source in ("live", "frozen") and trainer is None:
@@ -129,7 +131,12 @@ def named_evaluator(source: str, trainer: Any = None, *, name: str | None = None
     if source == "frozen":
         if hasattr(trainer.model, "disable_adapter"):
             return frozen_adapter_evaluator(trainer, name=name or "frozen", **options)
-        source, name = trainer.model.config._name_or_path, name or "frozen"
+        name = name or "frozen"
+        if trainer.state.global_step == 0 and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            model = copy.deepcopy(trainer.accelerator.unwrap_model(trainer.model)).requires_grad_(False).eval()
+            vars(model).pop("forward", None)  # accelerate's, around that of the policy
+            return LocalEvaluator(model, trainer.processing_class, name=name, **options)
+        source = trainer.model.config._name_or_path  # of a resumed run: where it began
     return model_evaluator(source, name=name, **options)
 
 

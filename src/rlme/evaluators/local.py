@@ -146,8 +146,9 @@ class LocalEvaluator:
         return min(own, self.max_context_tokens or own)
 
     def _encode(self, contexts: Sequence[tuple[str | tuple[Message, ...], str]]) -> list[list[int]]:
-        """Token ids of whole contexts. Text gets the tokenizer's special tokens (as TRL does with a text prompt);
-        a chat template writes its own."""
+        """Token ids of whole contexts. Text gets the tokenizer's special tokens (as TRL does with a text prompt); a
+        chat template writes its own, also where what it wrote is continued as text."""
+        bos = self.tokenizer.bos_token
         ids: list[list[int]] = [[] for _ in contexts]
         for chat in (False, True):
             rows = [i for i, (context, _) in enumerate(contexts) if isinstance(context, str) != chat]
@@ -156,9 +157,11 @@ class LocalEvaluator:
             texts = [self._text(*contexts[i]) for i in rows]
             # One text many times (several questions over one completion share it whole): encode it once.
             distinct = list(dict.fromkeys(texts))
-            encoded = dict(
-                zip(distinct, self.tokenizer(distinct, add_special_tokens=not chat)["input_ids"], strict=True)
-            )
+            encoded: dict[str, list[int]] = {}
+            for add in (False, True):
+                some = [text for text in distinct if (not chat and not (bos and text.startswith(bos))) == add]
+                if some:
+                    encoded |= zip(some, self.tokenizer(some, add_special_tokens=add)["input_ids"], strict=True)
             for i, text in zip(rows, texts, strict=True):
                 ids[i] = list(encoded[text])
         return ids

@@ -14,6 +14,7 @@ from rlme.questions import Question
 from rlme.training.build import check_pairwise, load_prompts
 from rlme.training.run_folder import RunFolder
 from rlme.training.settings import trl_arguments
+from rlme.verify import check_method
 
 
 def check_start(config: Config, prompts: PromptSet) -> list[Question]:
@@ -22,6 +23,8 @@ def check_start(config: Config, prompts: PromptSet) -> list[Question]:
     Raises:
         InputError: gold that is needed and missing, references likewise, a template that uses what is not there.
     """
+    if config.data.completion_format is not None:
+        check_method(config.data.completion_format)
     if "rlvr" in config.reward.mode or config.reward.anchor > 0:
         prompts.require_gold()
     if config.reward.mode == "pairwise":

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from rlme.data import PromptSet
-from rlme.processes import dealt
+from rlme.processes import dealt, everywhere
 from rlme.reward import Row, judgement_metrics
 from rlme.training.costs import Costs
 from rlme.training.drift import Drift
@@ -164,7 +165,10 @@ class Recorder(TrainerCallback):
     def _costs(self) -> Record:
         """Seconds, tokens and memory of the step that has just ended."""
         now = time.perf_counter()
-        step, timings, counts = now - self._step_started, self.trainer.timings, self.trainer.counts
+        step, timings = now - self._step_started, self.trainer.timings
+        counts = Counter[str]()
+        for mine in everywhere([self.trainer.counts], self.trainer.accelerator):
+            counts.update(mine)
         record: Record = {f"time/{stage}": seconds for stage, seconds in timings.items()}
         record["time/other"] = max(0.0, step - sum(timings.values()))
         record["time/step"] = step

@@ -90,7 +90,9 @@ def _train(
     reward = make_reward(config, evaluators)
     digests = {part: found.digest() for part, found in (("train", prompts), ("eval", held_out)) if found is not None}
     if resume is not None:
-        check_same_prompts(folder, digests)
+        check_same(folder, digests)
+        if (done := folder.last_checkpoint()[0]) > config.train.steps:
+            raise InputError(f"train.steps is {config.train.steps}, but the run has done {done}")
     elif main:
         folder = RunFolder.create(config.folder)
     if main:
@@ -161,6 +163,11 @@ def _train(
                 trainer._load_from_checkpoint(str(checkpoint))
             elif held_out is not None:  # zero steps: only measure
                 recorder.on_train_begin(arguments, trainer.state, trainer.control)
+    except FloatingPointError as error:
+        raise RunStopped(
+            f"{error}: the run has diverged after step {trainer.state.global_step}. Its last checkpoint stays; a new "
+            "run may go further with a lower train.learning_rate"
+        ) from None
     except RunStopped as stop:
         costs.save(costs.totals())
         _save_where_it_stands(trainer, folder)
@@ -175,7 +182,7 @@ def _train(
             f"stopped by the alarm after step {trainer.state.global_step}: {recorder.stopped_by} "
             f"(go on all the same: rlme train --resume {folder.path} --set train.on_alarm=warn)"
         )
-    save_final(trainer, folder)
+    save_final(trainer, folder, config.model.path)
     return folder
 
 
@@ -237,9 +244,15 @@ def _make_trainer(
         raise InputError(f"TRL does not start with {keys} as given: {error}") from error
 
 
-def check_same_prompts(folder: RunFolder, digests: dict[str, str]) -> None:
-    """Refuse to go on with other prompts than those the run began with (an older run did not note them)."""
-    before = read_yaml(folder.config).get("run_info", {}).get("prompts", digests)
+def check_same(folder: RunFolder, digests: dict[str, str]) -> None:
+    """Refuse to go on with other prompts or processes than at first (an older run did not note its prompts)."""
+    info = read_yaml(folder.config).get("run_info", {})
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if info.get("processes", processes) != processes:
+        raise InputError(
+            f"{folder.config}: the run began with {info['processes']} processes, and these are {processes}"
+        )
+    before = info.get("prompts", digests)
     for part, digest in digests.items():
         if before.get(part, digest) != digest:
             raise InputError(
@@ -255,7 +268,7 @@ def _save_where_it_stands(trainer: RLMETrainer, folder: RunFolder) -> None:
         trainer._save_checkpoint(trainer.model, None)
 
 
-def save_final(trainer: RLMETrainer, folder: RunFolder) -> None:
+def save_final(trainer: RLMETrainer, folder: RunFolder, base: str) -> None:
     """The trained model as safetensors in `final/`; a LoRA adapter is merged, and kept beside in `final-adapter/`
     (with FSDP or DeepSpeed, `final/` holds the adapter itself)."""
     if trainer.args.push_to_hub:
@@ -265,6 +278,8 @@ def save_final(trainer: RLMETrainer, folder: RunFolder) -> None:
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # no process holds the weights to merge
     if hasattr(model, "merge_and_unload") and not sharded:
         if trainer.accelerator.is_main_process:
+            for adapter in model.peft_config.values():  # which an adapter's own base may stand below
+                adapter.base_model_name_or_path = str(Path(base).resolve()) if Path(base).exists() else base
             model.save_pretrained(folder.path / "final-adapter")
             merged = model.merge_and_unload()
             merged.save_pretrained(partial)

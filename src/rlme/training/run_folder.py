@@ -89,7 +89,7 @@ class RunFolder:
                 f"{self.path} exists already: choose another `output` (or --output), or go on with it: "
                 f"rlme train --resume {self.path}"
             )
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if self.path.exists() and (not self.path.is_dir() or any(map(_counts, self.path.rglob("*")))):
             raise InputError(f"{self.path} exists already, and is no run: choose another `output` (or --output)")
         above = next(path for path in self.path.absolute().parents if path.exists())
         if not above.is_dir() or not os.access(above, os.W_OK):
@@ -201,6 +201,11 @@ class RunFolder:
     def _whole_checkpoints(self) -> list[Path]:
         found = [p for p in self.checkpoints.glob("checkpoint-*") if (p / COMPLETE).is_file()]
         return sorted(found, key=_step_of)
+
+
+def _counts(path: Path) -> bool:
+    """A run that was killed before it began leaves folders and a lock: that is nothing."""
+    return not path.is_dir() and path.name != ".lock"
 
 
 def _step_of(path: Path) -> int:

@@ -116,11 +116,23 @@ def trl_arguments(config: Config, folder: RunFolder, *, processes: int = 1) -> G
     if accumulate < 1:
         raise InputError(f"trl.gradient_accumulation_steps is {accumulate}, expected at least 1")
     if accumulate > 1 and "per_device_train_batch_size" not in config.trl:
+        if batch // processes % accumulate:
+            raise InputError(
+                f"trl.gradient_accumulation_steps is {accumulate}, expected a divisor of the {batch // processes} "
+                "completions that a process has in a step (train.prompts_per_step * train.group_size)"
+            )
         settings["per_device_train_batch_size"] = batch // processes // accumulate
     try:
-        return GRPOConfig(**(settings | config.trl))
+        arguments = GRPOConfig(**(settings | config.trl))
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(f"TRL does not accept these settings: {error}") from None
+    made = arguments.per_device_train_batch_size * arguments.steps_per_generation * processes
+    if made != batch:
+        raise InputError(
+            f"trl.per_device_train_batch_size * trl.steps_per_generation * {processes} processes is {made}, expected "
+            f"train.prompts_per_step * train.group_size, which is {batch}"
+        )
+    return arguments
 
 
 def check_types(kind: type[Any], values: dict[str, Any], where: str) -> None:

@@ -90,6 +90,10 @@ class RLMETrainer(KeepsRollouts, GRPOTrainer):
         self._routers: RouterLogits | None = None
         super().__init__(model, reward_funcs=[reward], **trl_arguments)
         check_adapter(self.model)
+        if self.ref_model is not None and not self._sharded:
+            # TRL reads it again from where the policy once came from; it is the policy as it is now.
+            weights = self.accelerator.unwrap_model(self.model).state_dict()
+            self.accelerator.unwrap_model(self.ref_model).load_state_dict(weights)
         # The loss that keeps a model's experts evenly used: TRL's own needs whole rows, all in one pass.
         self.aux_loss_enabled: bool
         self._balance = self.router_aux_loss_coef if self.aux_loss_enabled and share_prefixes else 0.0
@@ -114,7 +118,9 @@ class RLMETrainer(KeepsRollouts, GRPOTrainer):
         )
 
     def _generation_batches(self) -> int:
-        micro_steps = max(1, self.args.max_steps) * self.args.gradient_accumulation_steps
+        if self.args.max_steps <= 0:  # epochs: Transformers comes back for each
+            return max(1, len(self.train_dataset) * self.num_generations // self.args.generation_batch_size)
+        micro_steps = self.args.max_steps * self.args.gradient_accumulation_steps
         per_generation = self.num_iterations * self.args.steps_per_generation
         return -(-micro_steps // per_generation)
 
