@@ -105,6 +105,33 @@ def test_numbers_are_means_over_completions_and_groups() -> None:
     assert verdict.completions == 4
 
 
+def test_one_prompt_is_not_enough_to_know() -> None:
+    def told(*completions: str, right: tuple[bool | None, ...]) -> Asked:
+        group = [Candidate(Sample("p", c), r) for c, r in zip(completions, right, strict=True)]
+        judge = RuleJudge(lambda text: float(re.findall(r"x ([\d.]+)", text)[0]))
+        return ask([group], [Question("?", "one"), Question("??", "two")], [judge], [WAY])
+
+    for right, what in (((None, None), "spread within a group 0.549"), ((False, True), "AUROC 1.00")):
+        asked = told("x 0.2", "x 0.6", right=right)
+        text = conclusions(asked)
+        assert f"may have signal: {what}, label mass 90%; from one prompt it cannot be known." in text[0]
+        assert not any("has signal" in line or "Best" in line or "nan" in line for line in text)
+        assert any(line.startswith("One prompt tells nothing about others") for line in text)
+        assert asked.json()["unknown"] == asked.unknown
+    assert not any(
+        line.startswith("No question has signal") for line in conclusions(told("x 1", "x 1", right=(None,) * 2))
+    )
+
+
+def test_equal_answers_are_not_called_ignored() -> None:
+    groups = [[Candidate(Sample(prompt, "same")) for _ in range(3)] for prompt in "abcd"]
+    asked = ask(groups, [Question("?", "q")], [RuleJudge(lambda text: 0.7)], [WAY])
+    assert exchanged(groups, 8) == []
+    text = " ".join(conclusions(asked))
+    assert "ignored" not in text and "spread too small" not in text and "No question has signal" not in text
+    assert "No prompt has two different answers" in text
+
+
 def test_exchanged_answers_come_from_another_prompt() -> None:
     groups = sums(5)
     swapped = exchanged(groups, 8)

@@ -1,7 +1,6 @@
 """Reports without a browser: reading whatever is in a run's folder, findings, samples, comparison, terminal."""
 
 import json
-import os
 import re
 from io import StringIO
 from pathlib import Path
@@ -12,18 +11,14 @@ import pytest
 import yaml
 from rich.console import Console
 
-from rlme.config import Config
 from rlme.errors import InputError
-from rlme.report.cli import compare as compare_command
-from rlme.report.cli import report as report_command
-from rlme.report.compare import group_runs, measures, over_seeds, write_comparison
+from rlme.report.compare import write_comparison
 from rlme.report.content import charts, duration, failures, findings, judges, spending, tiles
 from rlme.report.html import embed
 from rlme.report.page_data import page_data, write_report
 from rlme.report.run import read_run
 from rlme.report.samples import choose, marks
-from rlme.report.terminal import plain, print_comparison, print_overview, sparkline, watch
-from rlme.result_files import check_writable
+from rlme.report.terminal import plain, print_overview, sparkline, watch
 from tests.synthetic_run import HOSTILE, write_run
 
 
@@ -210,7 +205,20 @@ def test_a_newer_format_is_said(run_folder: Path, tmp_path: Path, version: int, 
     assert any("no rollouts/" in text for text in run.missing)
 
 
-@pytest.mark.parametrize("line", ["[1, 2]", "null", '{"reward": 1}', '{"step": "x"}', "{", '{"step": true}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[1, 2]",
+        "null",
+        '{"reward": 1}',
+        '{"step": "x"}',
+        "{",
+        '{"step": true}',
+        '{"step": ' + "9" * 400 + "}",
+        "9" * 5000,
+        "[" * 200_000,
+    ],
+)
 def test_lines_that_are_no_records_are_left_out_and_said(tmp_path: Path, line: str) -> None:
     (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "reward": -1.0}}\n{line}\n{{"step": 2, "reward": -0.5}}\n')
     run = read_run(tmp_path)
@@ -225,68 +233,41 @@ def test_odd_configurations_do_not_stop_the_page(run_folder: Path, tmp_path: Pat
     assert page_data(read_run(tmp_path))["charts"]
 
 
-def test_compare_bands_seeds_and_tables_differences(tmp_path: Path) -> None:
-    folders = []
-    for rate in (2e-6, 1e-6):
-        for seed in range(2):
-            path = tmp_path / f"{rate}-{seed}"
-            folders.append(
-                write_run(path, steps=10, prompts=2, eval_every=5, eval_prompts=4, seed=seed, learning_rate=rate)
-            )
-    arms, differing = group_runs([read_run(folder) for folder in folders])
-    assert [arm.name for arm in arms] == ["train.learning_rate=2e-06", "train.learning_rate=1e-06"]
-    assert [len(arm.runs) for arm in arms] == [2, 2]
-    assert [key for key, _ in differing] == ["train.learning_rate"]
-    line = over_seeds(arms[0], "reward", 0)
-    assert line is not None and line.band is not None
-    one, two = (run.series("reward")[1][0] for run in arms[0].runs)
-    assert line.values[0] == pytest.approx((one + two) / 2)
-    assert line.band[1][0] - line.values[0] == pytest.approx(abs(one - two) / 2**0.5)
-    assert "held-out gold, best" in [measure.name for measure in measures(arms)]
-    write_comparison(folders, tmp_path / "c.html", tmp_path / "c.json")
-    table = embedded(tmp_path / "c.html")["tables"][0]
-    assert table["head"] == ["", arms[0].name, arms[1].name, "difference"]
-    assert "±" in table["rows"][1][1]
-    assert json.loads((tmp_path / "c.json").read_text())["measures"]["steps"][arms[0].name] == [10.0, 10.0]
+def metrics_of(folder: Path, *records: dict[str, Any]) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
 
 
-def test_seeds_made_by_another_version_are_seeds_still(tmp_path: Path) -> None:
-    """A key that an older version did not know yet does not set a run apart."""
-    dumped = Config.model_validate(
-        {"model": "m", "data": {"train": "x.jsonl", "prompt": "q"}, "questions": {"q": "Right?"}}
-    ).model_dump(mode="json")
-    for seed in (0, 1):
-        (tmp_path / str(seed)).mkdir()
-        (tmp_path / str(seed) / "config.yaml").write_text(yaml.safe_dump(dumped))
-        dumped["train"]["seed"] = 1
-        dumped["train"].pop("on_alarm", None)
-    arms, differing = group_runs([read_run(tmp_path / "0"), read_run(tmp_path / "1")])
-    assert [arm.name for arm in arms] == ["2 seeds"] and differing == []
+def test_the_judged_part_of_a_reward_is_shown_where_it_is(tmp_path: Path) -> None:
+    records = [{"step": s, "reward": 0.0, "reward/judged": s / 10, "eval/reward/judged": 0.5} for s in (1, 2)]
+    folder = metrics_of(tmp_path / "run", *records)
+    reward = charts(read_run(folder))[0]
+    assert [series.name for series in reward.series] == ["training batch", "judged part", "judged part, held-out"]
+    assert [(tile.label, tile.value) for tile in tiles(read_run(folder))][2] == ("reward, judged part", "0.2")
+    plain_run = metrics_of(tmp_path / "plain", {"step": 1, "reward": -0.5})
+    _, rows = write_comparison([plain_run, folder], tmp_path / "c.html")
+    assert ["judged part of the reward at the end", "", "0.2", ""] in rows
+    assert "Judged part of the reward, training batch" in [c["title"] for c in embedded(tmp_path / "c.html")["charts"]]
 
 
-def test_compare_prints_its_table_within_80_columns(run_folder: Path, tmp_path: Path) -> None:
-    other = write_run(tmp_path / "other", steps=10, prompts=2, eval_every=5, eval_prompts=4, learning_rate=1e-6)
-    console = Console(file=StringIO(), width=80)
-    print_comparison(*write_comparison([run_folder, other, other], tmp_path / "c.html"), console)
-    text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "B  train.steps=10, train.learning_rate=1e-06: other, other" in text
-    assert re.search(r"steps +60 +10 ± 0 +-50", text)
-    assert "…" not in text
-
-
-def test_compare_counts_the_steps_that_were_done(run_folder: Path, tmp_path: Path) -> None:
-    """A run may have ended early, or gone on for longer than its configuration says."""
-    for name, planned in (("a", 400), ("b", 5)):
-        (tmp_path / name).mkdir()
-        config = yaml.safe_load((run_folder / "config.yaml").read_text())
-        config["train"]["steps"] = planned
-        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(config))
-        (tmp_path / name / "metrics.jsonl").write_text('{"step": 14, "reward": -1.0}\n{"step": 15, "reward": -0.5}\n')
-    _, rows = write_comparison([tmp_path / "a", tmp_path / "b"], tmp_path / "c.html")
-    assert rows[0] == ["steps", "15", "15", "+0"]
-    tables = {table["title"]: table for table in embedded(tmp_path / "c.html")["tables"]}
-    assert [row[2] for row in tables["Runs"]["rows"]] == ["15", "15"]
-    assert tables["Settings that differ"]["rows"] == [["train.steps", "400", "5"]]
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"judge/x/y/failures/timeout": "many", "judge/x/y/mass": "low"},
+        {"reward": int("9" * 400), "time/step": True},
+        {"reward": 1e308, "cost/total": -1e308, "alarm": 5},
+        {"reward": float("nan"), "completions/mean_tokens": [1]},
+    ],
+)
+def test_values_that_are_no_usable_numbers_are_left_out(tmp_path: Path, odd: dict[str, Any]) -> None:
+    records = [{"step": 1, "reward": -1.0}, {"step": 2, **odd}, {"step": 3, "reward": -1e308}, {"step": 4}]
+    folder = metrics_of(tmp_path / "run", *records)
+    run = read_run(folder)
+    assert run.series("reward") == ([1], [-1.0]) and run.steps == 4 and run.alarms == []
+    write_report(folder, tmp_path / "page.html")
+    print_overview(folder, Console(file=StringIO()))
+    write_comparison([folder, metrics_of(tmp_path / "other", *records)], tmp_path / "c.html")
 
 
 def test_names_with_slashes_and_a_question_called_failures(tmp_path: Path) -> None:
@@ -305,35 +286,6 @@ def test_names_with_slashes_and_a_question_called_failures(tmp_path: Path) -> No
     assert judges(run) == [("org/model", "failures"), ("org/model", "right")]
     assert failures(run)[0] == {"timeout": 2, "refused": 1}
     assert "Question: right" in [chart.title for chart in charts(run)]
-
-
-@pytest.mark.parametrize("command", [report_command, compare_command])
-def test_a_page_that_cannot_be_written_is_refused_before_the_work(
-    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any
-) -> None:
-    monkeypatch.setattr("rlme.report.html.render", lambda *_: pytest.fail("this was the work"))
-    runs = run_folder if command is report_command else [run_folder, run_folder]
-    for output, table in (("/proc/x.html", None), (tmp_path / "page.html", tmp_path)):
-        with pytest.raises(InputError, match="cannot be written"):
-            command(runs, Path(output), table)
-    assert not (tmp_path / "page.html").exists()
-
-
-def test_files_are_tried_without_leaving_a_trace(tmp_path: Path) -> None:
-    kept, link, pipe = tmp_path / "kept.json", tmp_path / "link.json", tmp_path / "pipe"
-    kept.write_text("old")
-    link.symlink_to(tmp_path / "target.json")
-    os.mkfifo(pipe)
-    check_writable(None, kept, link, pipe, tmp_path / "new" / "table.json")
-    assert kept.read_text() == "old"
-    assert link.is_symlink() and not link.exists()
-    assert not any((tmp_path / "new").iterdir())
-
-
-def test_compare_wants_two_runs(run_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="two or more"):
-        write_comparison([run_folder], tmp_path / "c.html")
-    write_comparison([run_folder, run_folder], tmp_path / "c.html")  # the same run twice is odd but no error
 
 
 def test_the_terminal_says_what_the_page_says(run_folder: Path) -> None:

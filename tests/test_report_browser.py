@@ -304,6 +304,45 @@ def test_a_comparison_opens_with_bands_and_tables(driver: Any, tmp_path: Path) -
     assert [h.text for h in css(driver, "#tables h2")] == ["Results", "Runs", "Settings that differ"]
 
 
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_comparison_of_many_is_readable_and_scrolls_in_its_own_box(driver: Any, tmp_path: Path, width: int) -> None:
+    folders = []
+    for i in range(7):
+        (tmp_path / f"r{i}").mkdir()
+        (tmp_path / f"r{i}" / "metrics.jsonl").write_text('{"step": 1, "reward": -0.123, "time/step": 1234.5}\n')
+        (tmp_path / f"r{i}" / "config.yaml").write_text(f"train: {{learning_rate: {i + 1}.0e-6}}\n")
+        folders.append(tmp_path / f"r{i}")
+    write_comparison(folders, tmp_path / "compare.html")
+    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        driver.get((tmp_path / "compare.html").as_uri())
+        assert driver.execute_script("return document.documentElement.scrollWidth") <= width
+        for table in css(driver, "#tables table"):
+            cells = table.find_elements("css selector", "td")
+            assert cells[0].size["width"] >= 130
+            assert all(cell.size["height"] < 130 for cell in cells)
+        box = css(driver, "#tables .scroll")[0]
+        assert driver.execute_script("return arguments[0].scrollWidth > arguments[0].clientWidth", box)
+    finally:
+        driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_a_legend_breaks_no_number(driver: Any, tmp_path: Path) -> None:
+    name = "mistral-nemo-base-2407-some-finetune-v12"
+    record = {
+        "step": 1,
+        "reward": -1.0,
+        f"judge/{name}/q/probability": 0.98765,
+        f"eval/judge/{name}/q/probability": 0.987,
+    }
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    driver.get(write_report(tmp_path).as_uri())
+    values = css(driver, ".legend .now")
+    assert any(value.text == "0.988" for value in values)
+    assert all(value.size["height"] < 25 for value in values)
+
+
 @pytest.mark.slow
 def test_a_run_of_500_steps_x_96_completions_stays_below_ten_megabytes(driver: Any, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "big", steps=500, prompts=16, eval_every=50, eval_prompts=20)

@@ -184,6 +184,19 @@ def test_the_best_way_is_right_most_often_and_selective_auc_only_breaks_ties() -
     assert "Best is always: right in 100.0%." in sentences(report)
 
 
+def test_prompts_that_could_not_be_judged_are_abstentions() -> None:
+    groups = [group(0.9, 0.1, right=i % 2) for i in range(10)]  # right: the first answer to every other prompt
+    two = [(0, 0.9), None, (0, 0.8), *[None] * 7]
+    eight = [(0, 0.9 - i / 100) if i < 8 else None for i in range(10)]
+    report = evaluate(groups, [Chosen("two", "", two), Chosen("eight", "", eight)])
+    methods = {m.name: m for m in report.methods}
+    assert methods["two"].curve == [(0.1, 1.0), (0.2, 1.0)] and methods["two"].missing == 8
+    assert methods["two"].selective_auc == pytest.approx(0.2)
+    assert methods["two"].at_half is None
+    assert methods["eight"].curve[-1] == (0.8, 0.5)
+    assert methods["eight"].at_half == pytest.approx(0.6)  # 3 of the 5 most trusted
+
+
 @pytest.mark.parametrize(
     "labels, why",
     [

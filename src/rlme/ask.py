@@ -15,6 +15,9 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
+from rlme.ask_words import complaints as complaints
+from rlme.ask_words import conclusions as conclusions
+from rlme.ask_words import differ, no_labels, unknown
 from rlme.candidates import Candidate, group_stds
 from rlme.evaluators.base import Evaluator
 from rlme.judgement import Judgement
@@ -26,9 +29,6 @@ CHUNK = 8
 """Prompts judged in one call."""
 SWAPPED = 32
 """Completions that are judged again under another prompt."""
-SPREAD, MASS, SHIFT, SCORE_SHIFT, FAILED = 0.05, 0.5, 0.05, 0.1, 0.05
-"""Below these a question has no signal: spread of the score within a group (nats, or points of the scale), mean label
-mass, mean change of p(target) and of the score when answers are exchanged; above the last, too many judgements fail."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,8 @@ class Asked:
     """Most and least liked answer of a few groups by the best verdict's question."""
     labels: str = ""
     """Why there is no AUROC although some answers are known to be right or wrong."""
+    unknown: list[str] = field(default_factory=list)
+    """What these prompts and answers cannot tell, whatever is asked about them."""
     judgements: dict[str, list[list[Judgement]]] = field(default_factory=dict, repr=False)
     """Verdict name -> judgements per group."""
 
@@ -100,6 +102,7 @@ class Asked:
             "verdicts": [asdict(v) for v in self.verdicts],
             "correlations": [{"a": a, "b": b, "correlation": r} for a, b, r in self.correlations],
             "labels": self.labels,
+            "unknown": self.unknown,
             "liked": self.liked,
         }
 
@@ -121,7 +124,8 @@ def ask(
     """
     completions = sum(len(group) for group in groups)
     swapped = exchanged(groups, SWAPPED)
-    asked = Asked([], [], [], labels=_no_labels(groups))
+    asked = Asked([], [], [], labels=no_labels(groups), unknown=unknown(groups))
+    any_differ = any(differ(group) for group in groups)
     own: dict[str, str] = {}
     for variant in (replace(variant, joint=False) for variant in variants):
         for evaluator in evaluators:
@@ -147,6 +151,8 @@ def ask(
                 column = _grouped([row[k] for row in judged], groups)
                 moved = [(judged[i][k], row[k]) for (i, _), row in zip(swapped, again, strict=True)]
                 verdict = _verdict(question, evaluator, way, column, moved, seconds)
+                if not any_differ:
+                    verdict.spread = bootstrap([])
                 _against_labels(verdict, groups, column)
                 verdict.complaints = complaints(verdict)
                 asked.verdicts.append(verdict)
@@ -168,14 +174,6 @@ def _template_name(text: str, own: dict[str, str]) -> str:
     return shipped or own.setdefault(text, f"own {len(own) + 1}" if own else "own")
 
 
-def _no_labels(groups: Sequence[Sequence[Candidate]]) -> str:
-    labels = [c.right for group in groups for c in group if c.right is not None]
-    if not labels or len(set(labels)) == 2:
-        return ""
-    which = "right" if labels[0] else "wrong"
-    return f"All {len(labels)} labelled answers are {which}: AUROC and calibration need both kinds."
-
-
 def chunks(groups: Sequence[Sequence[Candidate]]) -> Iterator[Sequence[Sequence[Candidate]]]:
     """A few groups at a time: enough to fill a forward pass, few enough to say how long it will take."""
     for start in range(0, len(groups), CHUNK):
@@ -183,20 +181,27 @@ def chunks(groups: Sequence[Sequence[Candidate]]) -> Iterator[Sequence[Sequence[
 
 
 def exchanged(groups: Sequence[Sequence[Candidate]], limit: int) -> list[tuple[int, Sample]]:
-    """(index of a completion, that completion as the answer to the next group's prompt), spread over the groups."""
+    """(index of a completion, the same prompt with an answer to the next group's), spread over the groups.
+
+    An answer that is equal to the one it would replace exchanges nothing, and is left out.
+    """
     if len(groups) < 2:
         return []
     index = [(g, i) for g, group in enumerate(groups) for i in range(len(group))]
     places = list(range(len(index)))
     random.Random(0).shuffle(places)
     result = []
-    for place in sorted(places[:limit]):
+    for place in places:
         g, i = index[place]
         other = groups[(g + 1) % len(groups)]
         theirs, ours = other[i % len(other)].sample, groups[g][i].sample
+        if theirs.completion == ours.completion:
+            continue
         answer = replace(ours, completion=theirs.completion, answer=theirs.answer, n_tokens=theirs.n_tokens)
         result.append((place, answer))
-    return result
+        if len(result) == limit:
+            break
+    return sorted(result, key=lambda item: item[0])
 
 
 def _grouped(column: Sequence[Judgement], groups: Sequence[Sequence[Candidate]]) -> list[list[Judgement]]:
@@ -246,9 +251,12 @@ def _verdict(
 
 
 def bootstrap(values: Sequence[float], seed: int = 0) -> Interval:
-    """The mean of one number per group (prompt), with its 2.5 and 97.5 percentiles over resampled groups."""
-    if not values:
-        return Interval(math.nan, math.nan, math.nan)
+    """The mean of one number per group (prompt), with its 2.5 and 97.5 percentiles over resampled groups.
+
+    Of a single group the interval is unknown (NaN).
+    """
+    if len(values) < 2:
+        return Interval(values[0] if values else math.nan, math.nan, math.nan)
     draw = random.Random(seed)
     means = sorted(fmean(draw.choices(values, k=len(values))) for _ in range(RESAMPLES))
     return Interval(fmean(values), means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES) - 1])
@@ -272,7 +280,10 @@ def _against_labels(verdict: Verdict, groups: Sequence[Sequence[Candidate]], jud
     score_N, p_N = np.array([s for *_, s, _ in rows]), np.array([p for *_, p in rows])
     weights_RN = metrics.bootstrap_weights([str(g) for g, *_ in rows], 200, 0)
     found = metrics.estimate(metrics.auroc(score_N, y_N, weights_RN))
-    verdict.auroc = Interval(found.value, found.low, found.high)
+    several = len({g for g, *_ in rows}) > 1
+    verdict.auroc = (
+        Interval(found.value, found.low, found.high) if several else Interval(found.value, math.nan, math.nan)
+    )
     verdict.brier = float(metrics.brier(p_N, y_N, weights_RN[:1])[0])
     verdict.calibration_error = float(metrics.ece(p_N, y_N, weights_RN[:1])[0])
     wins = pairs = 0.0
@@ -282,28 +293,6 @@ def _against_labels(verdict: Verdict, groups: Sequence[Sequence[Candidate]], jud
         wins += sum((a > b) + 0.5 * (a == b) for a in right for b in wrong)
         pairs += len(right) * len(wrong)
     verdict.within_group_auroc = wins / pairs if pairs else None
-
-
-def complaints(verdict: Verdict) -> list[str]:
-    """Why a question has no signal, in words; empty when it has."""
-    said = []
-    failed = sum(verdict.failures.values())
-    if failed > FAILED * verdict.completions:
-        kinds = ", ".join(sorted(verdict.failures))
-        said.append(f"{failed} of {verdict.completions} judgements failed ({kinds})")
-    if math.isnan(verdict.spread.value):
-        said.append("no group has two judged answers, so there is no spread to learn from")
-    elif verdict.spread.value < SPREAD:
-        said.append(f"spread too small: {verdict.spread.value:.2g} within a group")
-    if verdict.mass < MASS:
-        said.append(f"mass too low: only {verdict.mass:.0%} is on the labels")
-    if verdict.shift < SHIFT and verdict.score_shift < SCORE_SHIFT:
-        said.append(f"answers ignored: the answer to another prompt moves the verdict by {verdict.shift:.2g} only")
-    if verdict.auroc is not None and verdict.auroc.high < 0.5:
-        said.append(f"wrong way round: wrong answers are rated higher (AUROC {verdict.auroc.value:.2f})")
-    elif verdict.auroc is not None and verdict.auroc.low <= 0.5 <= verdict.auroc.high:
-        said.append(f"cannot tell right from wrong: AUROC {verdict.auroc.value:.2f} is within chance")
-    return said
 
 
 def _correlations(asked: Asked) -> list[tuple[str, str, float]]:
@@ -356,53 +345,3 @@ def most_and_least(
             ]
             pairs.append((high - low, {"prompt": group[0].sample.prompt_text(), "most": sides[0], "least": sides[1]}))
     return [pair for _, pair in sorted(pairs, key=lambda item: -item[0])[:shown]]
-
-
-def conclusions(asked: Asked) -> list[str]:
-    """The end in words: which questions have signal, which have none and why, and which to take."""
-    lines = []
-    good = [v for v in asked.verdicts if not v.complaints]
-    for v in good:
-        if v.auroc is not None:
-            why = f"AUROC {v.auroc.value:.2f} ({v.auroc.low:.2f} to {v.auroc.high:.2f})"
-        else:
-            why = f"spread within a group {v.spread.value:.3g} ({v.spread.low:.3g} to {v.spread.high:.3g})"
-        lines.append(f"{v.name} has signal: {why}, label mass {v.mass:.0%}.")
-    lines += [f"{v.name} has none: {'; '.join(v.complaints)}." for v in asked.verdicts if v.complaints]
-    lines += _best(good)
-    if not good:
-        lines.append("No question has signal: change the wording, the template, the read-out or the evaluator.")
-    with_signal = {v.name for v in good}
-    for one, two, r in asked.correlations:
-        if abs(r) > 0.95 and {one, two} <= with_signal:
-            lines.append(f"{one} and {two} say the same (correlation {r:.2f}): one of them is enough.")
-    if asked.labels:
-        lines.append(asked.labels)
-    if good and all(v.auroc is None for v in good):
-        lines.append("Without labels this says that answers are told apart, not that the better one is preferred.")
-    return lines
-
-
-def _best(good: Sequence[Verdict]) -> list[str]:
-    """Which of several to take. A spread compares within one read-out only: nats there, points of a scale here."""
-    ranked = [v for v in good if v.auroc is not None]
-    if ranked:
-        return [_first_of(ranked, "")] if len(good) > 1 else []
-    lines = []
-    readouts = list(dict.fromkeys(v.readout for v in good))
-    for readout in readouts:
-        same = [v for v in good if v.readout == readout]
-        if len(same) > 1:
-            lines.append(_first_of(same, f" read out as {readout}" if len(readouts) > 1 else ""))
-    return lines
-
-
-def _first_of(ranked: Sequence[Verdict], among: str) -> str:
-    best, *others = ranked
-    top = best.auroc or best.spread
-    close = [v.name for v in others if (v.auroc or v.spread).high >= top.low]
-    if not close:
-        return f"Best{among} is {best.name}."
-    return f"Best{among} is {best.name}, but its interval overlaps with that of {close[0]}" + (
-        f" and {len(close) - 1} more: ask about more prompts." if len(close) > 1 else ": ask about more prompts."
-    )

@@ -76,7 +76,7 @@ def ask(
 
     console = Console()
     settings = read_config(config, overrides or [])
-    check_writable(table)
+    check_writable(table, inputs=_inputs(config, settings, data))
     questions = [*make_questions(settings.questions), *(Question(text) for text in dict.fromkeys(wording or []))]
     if not questions:
         raise InputError("there is no question: the configuration has none, and no --ask was given")
@@ -126,7 +126,7 @@ def select(
 
     console = Console()
     settings = read_config(config, overrides or [])
-    check_writable(output, table)
+    check_writable(output, table, inputs=_inputs(config, settings, data))
     groups, evaluators = _load(settings, data, completion, label, prompts, samples, console)
     selecting.evaluate(groups, [], accuracy=accuracy)  # said before the judging when labels are wanted and missing
     with _bar(console) as bar:
@@ -146,6 +146,12 @@ def select(
         console.print(f"chosen answers: {output}", markup=False)
     if table is not None:
         _write(table, report.json())
+
+
+def _inputs(config: str, settings: Config, data: str | None) -> list[str | Path | None]:
+    from rlme.commands import find_config
+
+    return [find_config(config), settings.data.train, settings.data.eval, data]
 
 
 def _variants(judging: Any, templates: list[str], readouts: list[str]) -> list[Any]:

@@ -56,11 +56,12 @@ class Method:
     calibration_auc: float | None = None
     """How often a right choice is trusted more than a wrong one."""
     selective_auc: float | None = None
-    """Area under the curve of accuracy against coverage, the most trusted choices first."""
+    """Area under the curve of accuracy against coverage, the most trusted choices first. Coverage is a share of all
+    prompts: those that could not be judged are abstentions, and the curve ends before them."""
     at_half: float | None = None
-    """Accuracy of the more trusted half."""
+    """Accuracy with the most trusted choices on half of the prompts; None when fewer could be judged."""
     curve: list[tuple[float, float]] = field(default_factory=list)
-    """(coverage, accuracy)."""
+    """(coverage, accuracy), up to the share of the prompts that could be judged."""
     threshold: float | None = None
     """Abstain below it: set on half of the prompts for the wanted accuracy."""
     coverage: float | None = None
@@ -263,9 +264,10 @@ def evaluate(
         pairs = list(trusted.values())
         if len({score for score, _ in pairs}) > 1:
             method.calibration_auc = calibration_auc(pairs)
-            method.curve = coverage_curve(pairs)
-            method.selective_auc = fmean([a for _, a in method.curve])
-            method.at_half = method.curve[max(0, round(len(method.curve) / 2) - 1)][1]
+            method.curve = coverage_curve(pairs, n)
+            method.selective_auc = sum(a for _, a in method.curve) / n
+            half_way = max(1, round(n / 2))
+            method.at_half = method.curve[half_way - 1][1] if len(pairs) >= half_way else None
         if accuracy is not None:
             method.threshold = threshold_for([trusted[g] for g in half if g in trusted], accuracy)
             if method.threshold is not None:
@@ -302,8 +304,11 @@ def calibration_auc(pairs: Sequence[tuple[float, bool]]) -> float | None:
     return sum((a > b) + 0.5 * (a == b) for a in right for b in wrong) / (len(right) * len(wrong))
 
 
-def coverage_curve(pairs: Sequence[tuple[float, bool]]) -> list[tuple[float, float]]:
-    """(coverage, accuracy) with the k most trusted choices kept, k = 1..n; equally trusted ones count their mean."""
+def coverage_curve(pairs: Sequence[tuple[float, bool]], prompts: int | None = None) -> list[tuple[float, float]]:
+    """(coverage, accuracy) with the k most trusted choices kept, k = 1..n; equally trusted ones count their mean.
+
+    Coverage is a share of `prompts` (default: as many as there are choices): without a choice, one is an abstention.
+    """
     by_score: dict[float, list[bool]] = {}
     for score, ok in pairs:
         by_score.setdefault(score, []).append(ok)
@@ -312,7 +317,7 @@ def coverage_curve(pairs: Sequence[tuple[float, bool]]) -> list[tuple[float, flo
         share = fmean(by_score[score])
         for _ in by_score[score]:
             kept, right = kept + 1, right + share
-            curve.append((kept / len(pairs), right / kept))
+            curve.append((kept / (prompts or len(pairs)), right / kept))
     return curve
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -23,10 +24,8 @@ def report(
     """
     from rlme.report.page_data import write_report
     from rlme.report.terminal import print_overview, write_numbers
-    from rlme.result_files import check_writable
 
-    check_writable(table)
-    path = write_report(run, output)
+    path = write_report(run, output, table)
     print_overview(run)
     if table is not None:
         write_numbers(run, table)
@@ -52,8 +51,11 @@ def compare(
     table: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the table.")] = None,
 ) -> None:
     """Lay runs over each other on one page: seeds of one configuration as a band, differences as a table."""
+    from rich.console import Console
+
     from rlme.report.compare import write_comparison
     from rlme.report.terminal import print_comparison
 
-    print_comparison(*write_comparison(runs, output, table))
+    console = Console(width=None if sys.stdout.isatty() else 180)  # tables in a log are not folded
+    print_comparison(*write_comparison(runs, output, table), console)
     typer.echo(f"Page: {output}")

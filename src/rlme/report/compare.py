@@ -15,12 +15,15 @@ from rlme.errors import InputError
 from rlme.report import html
 from rlme.report.content import WINDOW, Chart, Finding, Series, best_heldout, judges, short, spending, start_and_now
 from rlme.report.page_data import SMOOTH, chart_data
-from rlme.report.run import Run, read_run
+from rlme.report.run import READ, Run, read_run
 from rlme.result_files import check_writable
 from rlme.training.monitors import GOLD, spoken
 
 IGNORED = ("train.seed", "output")
 """Keys that may differ between the seeds of one configuration."""
+
+NAME = 40
+"""Characters of a setting's value that may name a configuration."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,14 @@ class Measure:
 def write_comparison(
     folders: Sequence[Path], output: Path, table: Path | None = None
 ) -> tuple[list[Arm], list[list[str]]]:
-    """Write the page that compares runs, and the table as JSON. Returns the arms and the table's rows."""
+    """Write the page that compares runs, and the table as JSON. Returns the arms and the table's rows.
+
+    A folder that is named twice is one run, not two seeds.
+    """
     if len(folders) < 2:
         raise InputError(f"rlme compare needs two or more runs, got {len(folders)}")
-    runs = [read_run(folder) for folder in folders]
-    check_writable(output, table)
+    runs = [read_run(folder) for folder in {folder.resolve(): folder for folder in folders}.values()]
+    check_writable(output, table, inputs=[run.folder / name for run in runs for name in READ])
     arms, differing = group_runs(runs)
     table_of = measures(arms)
     output.write_bytes(html.render("comparison - rlme", _page(runs, arms, differing, table_of)))
@@ -83,7 +89,7 @@ def _settings(run: Run) -> dict[str, str]:
 def group_runs(runs: Sequence[Run]) -> tuple[list[Arm], list[tuple[str, list[str]]]]:
     """Arms in the order of their first run, and the settings in which they differ: (key, value of each arm).
 
-    An arm is named after up to two settings that set it apart, or after its folder.
+    An arm is named after up to two settings that set it apart, or after its folder where these are long.
     """
     groups: dict[str, list[Run]] = defaultdict(list)
     settings: list[dict[str, str]] = []
@@ -99,11 +105,12 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[Arm], list[tuple[str, list[str
         values = [setting.get(key, "(unset)") for setting in settings]
         if len(set(values)) > 1:
             differing.append((key, values))
+    telling = 0 < len(differing) <= 2 and all(len(value) <= NAME for _, values in differing for value in values)
     names = []
     for i, members in enumerate(groups.values()):
-        parts = [f"{key}={values[i]}" for key, values in differing[:2]]
+        parts = [f"{key}={values[i]}" for key, values in differing]
         alone = f"{len(members)} seeds" if len(groups) == 1 and len(members) > 1 else members[0].name
-        names.append(", ".join(parts) if parts and len(differing) <= 2 else alone)
+        names.append(", ".join(parts) if telling else alone)
     unique = [name if names.count(name) == 1 else f"{name} [{i + 1}]" for i, name in enumerate(names)]
     return [Arm(n, members) for n, members in zip(unique, groups.values(), strict=True)], differing
 
@@ -132,6 +139,7 @@ def _charts(arms: Sequence[Arm]) -> list[Chart]:
     pairs = list(dict.fromkeys(pair for arm in arms for run in arm.runs for pair in judges(run)))
     wanted = [
         ("Reward, training batch", "reward", False),
+        ("Judged part of the reward, training batch", "reward/judged", False),
         ("Gold accuracy, held-out prompts", f"eval/{GOLD}", True),
         ("Gold accuracy, training batch", GOLD, True),
         *((f"{e}: {q}", f"judge/{e}/{q}/probability", True) for e, q in pairs),
@@ -171,6 +179,7 @@ def measures(arms: Sequence[Arm]) -> list[Measure]:
     table = [
         Measure("steps", each(lambda run: float(run.steps))),
         Measure("reward at the end", last("reward")),
+        Measure("judged part of the reward at the end", last("reward/judged")),
         *(
             Measure(f"held-out {'gold' if key == GOLD else spoken(key)}, {which}", heldout(key, best=which == "best"))
             for key in measured
@@ -246,7 +255,11 @@ def _page(
     last = max(run.steps for run in runs)
     return {
         "name": "Comparison",
-        "subtitle": f"{len(runs)} runs, {len(arms)} configurations" if len(arms) > 1 else f"{len(runs)} seeds",
+        "subtitle": f"{len(runs)} runs, {len(arms)} configurations"
+        if len(arms) > 1
+        else f"{len(runs)} seeds"
+        if len(runs) > 1
+        else "1 run",
         "tiles": [],
         "findings": [asdict(finding) for finding in said],
         "charts": [chart_data(chart) for chart in _charts(arms)],

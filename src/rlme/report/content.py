@@ -121,7 +121,11 @@ def charts(run: Run) -> list[Chart]:
     questions = list(dict.fromkeys(question for _, question in asked))
     texts = run.section("questions")
     everything = [
-        Chart("Reward", "what is trained on: its rise alone proves nothing", _both(run, "reward")),
+        Chart(
+            "Reward",
+            "what is trained on: its rise alone proves nothing",
+            [*_both(run, "reward"), *_both(run, "reward/judged", "judged part", group=1)],
+        ),
         Chart("Gold accuracy", "known answers, never part of the reward", _both(run, GOLD), share=True),
     ]
     for question in questions:
@@ -246,7 +250,7 @@ def tiles(run: Run) -> list[Tile]:
     """The key numbers."""
     planned = run.section("train").get("steps")
     result = [Tile("steps", f"{run.steps}", f"of {planned}" if planned else "")]
-    for key, label in (("reward", "reward"), (GOLD, "gold, training")):
+    for key, label in (("reward", "reward"), ("reward/judged", "reward, judged part"), (GOLD, "gold, training")):
         if pair := start_and_now(run, key):
             result.append(Tile(label, short(pair[1]), f"at the start {short(pair[0])}"))
     if best := best_heldout(run):

@@ -10,7 +10,7 @@ import yaml
 
 from rlme.report import html
 from rlme.report.content import Chart, Finding, Series, best_heldout, charts, duration, findings, spending, tiles
-from rlme.report.run import Run, read_run
+from rlme.report.run import READ, Run, read_run
 from rlme.report.samples import MARKS, choose
 from rlme.result_files import check_writable
 from rlme.training.monitors import best_step
@@ -19,11 +19,14 @@ SMOOTH = 60
 """Runs of more steps are drawn smoothed at first."""
 
 
-def write_report(run_folder: Path, output: Path | None = None) -> Path:
-    """Write the page of a run, by default as `report.html` in its folder. Returns its path."""
+def write_report(run_folder: Path, output: Path | None = None, table: Path | None = None) -> Path:
+    """Write the page of a run, by default as `report.html` in its folder. Returns its path.
+
+    `table`: a file that is written afterwards, and tried here with the page.
+    """
     run = read_run(run_folder)
     output = output or run_folder / "report.html"
-    check_writable(output)
+    check_writable(output, table, inputs=[run_folder / name for name in READ])
     output.write_bytes(html.render(f"{run.name} - rlme", page_data(run)))
     return output
 

@@ -18,6 +18,11 @@ from rlme.training.run_folder import FORMAT, RunFolder
 
 Record = dict[str, Any]
 
+READ = ("config.yaml", "metrics.jsonl")
+"""Files of a run that no report may overwrite."""
+HUGE = 1e100
+"""A number beyond it is a fault, and would overflow in sums and squares over the run."""
+
 
 @dataclass
 class Run:
@@ -56,8 +61,8 @@ class Run:
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """(steps, values) where the metric was measured."""
-        points = [(r["step"], r[key]) for r in self.records if isinstance(r.get(key), int | float)]
-        return [step for step, _ in points], [float(value) for _, value in points]
+        points = [(r["step"], float(r[key])) for r in self.records if _is_number(r.get(key))]
+        return [step for step, _ in points], [value for _, value in points]
 
     def total(self, key: str) -> float | None:
         """Sum over the steps; None when the metric never occurs."""
@@ -165,13 +170,17 @@ def _read_metrics(path: Path, missing: list[str]) -> Iterator[Record]:
         try:
             record = json.loads(line)
             step = record["step"]
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             where = "The last line" if number >= len(lines) - 1 else f"Line {number}"
             missing.append(f"{where} of metrics.jsonl is cut off or not a record, and was left out.")
             continue
-        if not isinstance(step, int) or isinstance(step, bool):
+        if not _is_number(step) or not isinstance(step, int):
             missing.append(f"Line {number} of metrics.jsonl has no whole number as step, and was left out.")
             continue
-        finite = {k: v for k, v in record.items() if not isinstance(v, float) or math.isfinite(v)}
-        by_step[step] = by_step.get(step, {}) | finite
+        usable = {k: v for k, v in record.items() if (isinstance(v, str) if k == "alarm" else _is_number(v))}
+        by_step[step] = by_step.get(step, {}) | usable
     yield from (by_step[step] for step in sorted(by_step))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -HUGE < value < HUGE  # NaN is neither

@@ -109,20 +109,38 @@ def print_overview(folder: Path, console: Console | None = None) -> None:
 
 
 def print_comparison(arms: Sequence[Arm], rows: Sequence[Sequence[str]], console: Console | None = None) -> None:
-    """The table of `rlme compare`. Configurations have long names: the columns are called A, B, ..."""
+    """The table of `rlme compare`. Configurations have long names: the columns are called A, B, ...
+
+    Where not all fit side by side the table is split, the others below: a number is never cut off.
+    """
     console = console or Console()
     letters = [chr(ord("A") + i) if i < 26 else str(i + 1) for i in range(len(arms))]
     for letter, arm in zip(letters, arms, strict=True):
         console.print(Text(f"{letter}  {plain(arm.name)}: {', '.join(plain(run.name) for run in arm.runs)}"))
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("", ratio=1, min_width=16)
-    table.add_column(letters[0], justify="right")
-    for letter in letters[1:]:
-        table.add_column(letter, justify="right")
-        table.add_column(f"{letter} - A", justify="right", style="dim")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    heads = [letters[0], *(head for letter in letters[1:] for head in (letter, f"{letter} - A"))]
+    unlimited = console.options.update(width=10_000)
+
+    def part(columns: Sequence[int]) -> tuple[Table, int]:
+        """Some of the columns, and the width below which a number of theirs would be cut off."""
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        table.add_column("", min_width=16)
+        for k in columns:
+            table.add_column(heads[k], justify="right", no_wrap=True, style="dim" if k and k % 2 == 0 else "")
+        for row in rows:
+            table.add_row(plain(row[0]), *(row[k + 1] for k in columns))
+        return table, console.measure(table, options=unlimited).minimum
+
+    parts: list[list[int]] = [[0]]
+    for k in range(1, len(heads), 2):
+        if part([*parts[-1], k, k + 1])[1] <= console.width:
+            parts[-1] += [k, k + 1]
+        else:
+            parts.append([k, k + 1])
+    for columns in parts:
+        table, needed = part(columns)
+        if needed > console.width:
+            table.width = needed
+        console.print(table, crop=False)
 
 
 def write_numbers(folder: Path, path: Path) -> None:

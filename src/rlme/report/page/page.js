@@ -209,8 +209,9 @@ addEventListener("beforeprint", () => { for (const d of document.querySelectorAl
 // ---------------------------------------------------------------- tables, time and tokens, settings
 function table(spec) {
   const numeric = spec.numeric ?? [];
-  const head = el("tr", {}, ...spec.head.map((h, i) => el("th", { class: numeric.includes(i) ? "n" : "", scope: "col", text: h })));
-  const body = spec.rows.map(row => el("tr", {}, ...row.map((c, i) => el("td", { class: numeric.includes(i) ? "n" : "", text: show(c) }))));
+  const parts = text => show(text).split(/(?<=[.=_,/])(?!\d)/).flatMap((part, i) => i ? [el("wbr"), part] : [part]);  // where long names may break
+  const head = el("tr", {}, ...spec.head.map((h, i) => el("th", { class: `${numeric.includes(i) ? "n" : ""}${h.length > 12 ? " long" : ""}`, scope: "col" }, ...parts(h))));
+  const body = spec.rows.map(row => el("tr", {}, ...row.map((c, i) => numeric.includes(i) ? el("td", { class: "n", text: show(c) }) : el("td", { class: c.length > 60 ? "long" : "" }, ...parts(c)))));
   return el("div", { class: "scroll" }, el("table", {}, el("thead", {}, head), el("tbody", {}, ...body)));
 }
 for (const spec of data.tables)
