@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer
+from filelock import FileLock
 from rich.console import Console
 from sklearn.metrics import brier_score_loss, roc_auc_score
 from typer.testing import CliRunner
@@ -354,7 +355,7 @@ def test_an_interrupted_run_continues_where_it_was(monkeypatch, tmp_path):
 
     class Dying(FakeJudge):
         def logprobs(self, requests):
-            if len(self.requests) >= 8:
+            if len(self.requests) >= 4:
                 raise Killed
             return super().logprobs(requests)
 
@@ -363,8 +364,12 @@ def test_an_interrupted_run_continues_where_it_was(monkeypatch, tmp_path):
         arguments = ["--judge", "x", "--data", source, "--resamples", "10", "-o", str(tmp_path / name)]
         return CliRunner().invoke(app, arguments, catch_exceptions=False)
 
-    with pytest.raises(Killed):
-        command(Dying(), "killed")
+    for _ in range(2):
+        with pytest.raises(Killed):
+            command(Dying(), "killed")
+        (unfinished,) = (tmp_path / "killed").glob("unfinished*")
+        with unfinished.open("a") as file:
+            file.write('{"item": 2, "clus')  # cut off by the kill, and nothing may be written after it
     again = FakeJudge()
     command(again, "killed")
     assert len(again.requests) == 4  # only the last of three chunks
@@ -484,3 +489,172 @@ def test_what_the_command_refuses_before_a_model_is_loaded(tmp_path, arguments, 
         arguments = [a.replace(name, path) for a in arguments]
     with pytest.raises(InputError, match=message):
         CliRunner().invoke(app, arguments, catch_exceptions=False)
+
+
+# what a folder keeps
+
+
+def with_judge(monkeypatch, evaluator: FakeJudge, settings: dict, out: Path):
+    from rlme.evaluators import build as evaluators
+
+    monkeypatch.setattr(evaluators, "build_evaluators", lambda *a, **k: [evaluator])
+    config = out.with_suffix(".yaml")
+    config.write_text(json.dumps({"resamples": 10, **settings}))
+    return CliRunner().invoke(app, [str(config), "-o", str(out)], catch_exceptions=False)
+
+
+def test_other_weights_or_another_context_are_asked_again(tmp_path, monkeypatch):
+    source = write_rows(tmp_path / "toy.jsonl", [pair(i, 1 + i % 2) for i in range(4)])
+    weights = tmp_path / "judge" / "model.safetensors"
+    weights.parent.mkdir()
+    settings: dict = {"judges": [str(weights.parent)], "sets": [source]}
+    for content, judging, asked in (
+        ("old", {}, 8),
+        ("old", {"cache": "x.sqlite", "cache_mb": 2, "mass_warning": 0.95}, 0),
+        ("newer", {}, 8),
+        ("newer", {"max_context_tokens": 99}, 8),
+    ):
+        if not weights.exists() or weights.read_text() != content:
+            weights.write_text(content)
+        judge = FakeJudge()
+        with_judge(monkeypatch, judge, settings | {"judging": judging}, tmp_path / "out")
+        assert len(judge.requests) == asked, (content, judging)
+
+
+def test_how_a_server_is_reached_and_paid_does_not_make_a_run_anew(tmp_path, monkeypatch):
+    class Served(FakeJudge):
+        model = "tiny"
+
+    monkeypatch.setattr("rlme.judgebench.bench.paid", list)
+    monkeypatch.setattr("rlme.judgebench.bench.expected", lambda *a: [])
+    source = write_rows(tmp_path / "toy.jsonl", [pair(i, 1 + i % 2) for i in range(4)])
+
+    def asked(model: str = "tiny", **endpoint) -> int:
+        judge = Served()
+        judge.model = model
+        judges = [{"name": "j", "endpoint": {"base_url": "http://a/v1"} | endpoint}]
+        with_judge(monkeypatch, judge, {"judges": judges, "sets": [source]}, tmp_path / "out")
+        return len(judge.requests)
+
+    priced = {"prices": {"input": 1.0}, "max_cost": 0.1}
+    assert [asked(), asked(**priced), asked(base_url="http://b", api_key_env="K", retries=0, deadline=5.0)] == [8, 0, 0]
+    assert [asked(extra_body={"cache_prompt": False}), asked("large")] == [8, 8]
+
+
+@pytest.mark.parametrize("cut, asked", [(20, 2), (0, 0)])
+def test_a_cut_line_costs_only_its_item(tmp_path, monkeypatch, cut, asked):
+    source = write_rows(tmp_path / "toy.jsonl", [pair(i, 1 + i % 2) for i in range(4)])
+    settings, out = {"judges": ["x"], "sets": [source]}, tmp_path / "out"
+    with_judge(monkeypatch, FakeJudge(), settings, out)
+    saved = out / "verdicts.jsonl"
+    whole, (run,) = saved.read_bytes(), load_recorded(str(saved))
+    saved.write_bytes(whole[: len(whole) - cut])
+    judge = FakeJudge()
+    with_judge(monkeypatch, judge, settings, out)
+    assert len(judge.requests) == asked
+    (again,) = load_recorded(str(saved))
+    assert [(r.item, r.given) for r in again.records] == [(r.item, r.given) for r in run.records]
+    assert not list(out.glob("*.partial"))
+    saved.write_bytes(whole[20:])  # cut elsewhere: verdicts would be lost
+    with pytest.raises(InputError, match="line 1: not valid JSON"):
+        with_judge(monkeypatch, FakeJudge(), settings, out)
+
+
+def test_a_killed_writer_leaves_the_old_file(tmp_path, monkeypatch):
+    run = run_judge(FakeJudge())
+    save_records([run], tmp_path / "verdicts.jsonl")
+
+    def killed():
+        yield run
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save_records(killed(), tmp_path / "verdicts.jsonl")
+    assert load_recorded(str(tmp_path / "verdicts.jsonl")) == [run]
+
+
+def test_one_process_at_a_time(tmp_path, monkeypatch):
+    source = write_rows(tmp_path / "toy.jsonl", [pair(0, x_verdicts={"False": "1", "True": "1"})])
+    out = tmp_path / "out"
+    out.mkdir()
+    with FileLock(out / ".lock"), pytest.raises(InputError, match="out: another process is judging in it"):
+        with_judge(monkeypatch, FakeJudge(), {"judges": ["x"], "sets": [source]}, out)
+    assert with_judge(monkeypatch, FakeJudge(), {"judges": ["x"], "sets": [source]}, out).exit_code == 0
+
+
+# broken rows, missing numbers, low label mass
+
+
+TALK = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "x"}]
+MT = {"conversation_a": TALK, "conversation_b": TALK, "winner": "model_a", "turn": 1}
+POINT = {"prompt": "p", "answer": "a", "label": True}
+
+
+@pytest.mark.parametrize(
+    "reader, row, message",
+    [
+        ("pairs", pair(0) | {"label": ["1"]}, r"the column 'label' is \['1'\], expected one label"),
+        ("pairs", pair(0) | {"label": {"a": 1}}, "the column 'label' is {'a': 1}, expected one label"),
+        ("points", POINT | {"label": [0]}, r"the column 'label' is \[0\], expected one label"),
+        ("mtbench", MT | {"conversation_a": TALK[:1]}, "'conversation_a' is no conversation up to turn 1"),
+        ("mtbench", MT | {"turn": 2}, "'conversation_a' is no conversation up to turn 2, expected at least 4 messages"),
+        ("mtbench", MT | {"conversation_b": "x"}, "'conversation_b' is no conversation"),
+        ("mtbench", MT | {"turn": "one"}, "'turn' is 'one', expected a whole number from 1"),
+        ("mtbench", MT | {"turn": 0}, "'turn' is 0, expected a whole number from 1"),
+        ("mtbench", MT | {"winner": None}, "the column 'winner' is missing"),
+    ],
+)
+def test_a_broken_row_is_named(tmp_path, reader, row, message):
+    good = {"pairs": pair(1), "points": POINT, "mtbench": MT}[reader]
+    source = write_rows(tmp_path / "x.jsonl", [good, row])
+    with pytest.raises(InputError, match=f"x.jsonl, row 2: .*{message}"):
+        load_set(source, reader=reader)
+
+
+@pytest.mark.parametrize(
+    "reader, row",
+    [
+        ("pairs", pair(0) | {"instruction": "Q \ud83d"}),
+        ("pairs", pair(0, reference=["a", "b \udc00"])),
+        ("points", POINT | {"source": {"x": "\ud83d"}}),
+    ],
+)
+def test_half_a_character_is_named_by_row(tmp_path, reader, row):
+    source = tmp_path / "x.json"
+    source.write_text(json.dumps([{"pairs": pair(1), "points": POINT}[reader], row]))
+    with pytest.raises(InputError, match=r"x.json, row 2: .*half of a"):
+        load_set(str(source), reader=reader)
+
+
+def test_labels_that_are_lists(tmp_path):
+    with pytest.raises(InputError, match="expected two spellings"):
+        load_set(write_rows(tmp_path / "x.jsonl", [pair(0)]), labels=[[1], [2]])
+
+
+def test_without_resamples_there_is_no_interval_and_no_p_value():
+    runs = [run_judge(FakeJudge(name="good")), run_judge(FakeJudge(lambda o, i, r: 0.0, bias=1, name="first"))]
+    result = analyse(runs, resamples=0)
+    (test,) = result["tests"]
+    assert test["p_bootstrap"] is test["p_holm"] is None
+    text = markdown(result)
+    assert "| toy | good | refeval | 100.0 | 100.0 |" in text
+    for shown in (text, page(result)):
+        assert "nan" not in shown and "None" not in shown
+
+
+def test_a_kappa_that_is_not_defined_is_null(tmp_path):
+    rows = [pair(i, 1, x_verdicts={"False": "1", "True": "1"}) for i in range(4)]
+    result = analyse(load_recorded(write_rows(tmp_path / "x.jsonl", rows)), resamples=10)
+    assert json.loads(json.dumps(result, allow_nan=False))["runs"][0]["llmbar"]["kappa_False"] is None
+    assert "nan" not in markdown(result)
+
+
+def test_low_label_mass_is_said_once_for_every_judge_and_protocol(tmp_path, monkeypatch):
+    source = write_rows(tmp_path / "toy.jsonl", [pair(i, 1 + i % 2, reference=f"right {i} .") for i in range(10)])
+    settings = {"judges": ["x"], "sets": [source], "protocols": ["base", "refeval"]}
+    said = "warning: evaluator 'fake' puts only 20% of its probability on the labels of protocol"
+    for _ in range(2):  # asked, and kept from before
+        output = " ".join(with_judge(monkeypatch, FakeJudge(mass=0.2), settings, tmp_path / "low").output.split())
+        assert output.count(said) == 2 and f"{said} 'refeval'; its verdicts" in output
+    quiet = settings | {"judging": {"mass_warning": 0.1}}
+    assert "warning" not in with_judge(monkeypatch, FakeJudge(mass=0.2), quiet, tmp_path / "quiet").output

@@ -88,7 +88,8 @@ def summary(run: Run, *, resamples: int = RESAMPLES, seed: int = 0) -> dict[str,
         made = choices(run)
         labels = [1 if r.label else 2 for r in run.records]
         first, second = ([made[r.item][k] for r in run.records] for k in (0, 1))
-        out["llmbar"] = llmbar_statistics(labels, first, second)
+        statistics = llmbar_statistics(labels, first, second)
+        out["llmbar"] = {k: v if isinstance(v, str) else _number(v) for k, v in statistics.items()}
     if run.pairwise and judged:
         labels = [1 if r.label else 2 for r in judged]
         both = [(choice(r.given), choice(r.swapped)) for r in judged]
@@ -152,7 +153,8 @@ def paired_tests(runs: Sequence[Run], *, resamples: int = RESAMPLES, seed: int =
     items.
 
     Two tests: a bootstrap of the paired difference (mean of both orders), and McNemar's exact test on the
-    verdicts of the averaged orders. `p_holm` is the bootstrap's p adjusted for all tests of the table.
+    verdicts of the averaged orders. `p_holm` is the bootstrap's p adjusted for all tests of the table. Without
+    resamples there is neither.
     """
     found: list[dict[str, Any]] = []
     for a, b in combinations(runs, 2):
@@ -175,14 +177,15 @@ def paired_tests(runs: Sequence[Run], *, resamples: int = RESAMPLES, seed: int =
                 "b": {"judge": b.judge, "protocol": b.protocol},
                 "items": len(both),
                 "difference": m.estimate(difference).json(),
-                "p_bootstrap": m.bootstrap_p(difference),
+                "p_bootstrap": m.bootstrap_p(difference) if resamples else None,
                 "only_a_right": only_a,
                 "only_b_right": only_b,
                 "p_mcnemar": p_mcnemar,
             }
         )
-    for test, adjusted in zip(found, m.holm([t["p_bootstrap"] for t in found]) if found else [], strict=True):
-        test["p_holm"] = adjusted
+    adjusted = m.holm([t["p_bootstrap"] for t in found]) if found and resamples else [None] * len(found)
+    for test, p_holm in zip(found, adjusted, strict=True):
+        test["p_holm"] = p_holm
     return found
 
 

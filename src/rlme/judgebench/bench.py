@@ -9,7 +9,8 @@ from typing import Any, cast
 
 from rlme.align.judge import PairwiseJudge
 from rlme.align.protocols import Protocol, load_protocol
-from rlme.align.stage import fingerprint
+from rlme.align.stage import fingerprint, source_fingerprint
+from rlme.config import EvaluatorConfig
 from rlme.errors import InputError
 from rlme.evaluators.base import Evaluator
 from rlme.evaluators.build import make_judging, make_questions
@@ -22,12 +23,38 @@ from rlme.judgebench.run import Advance, Record, Run, Shown, judge_pairs, judge_
 from rlme.judging import Judging, check_templates
 from rlme.questions import Question
 
+_SAME_VERDICTS: dict[str, Any] = {
+    "weight": True,
+    "endpoint": dict.fromkeys(
+        (
+            "base_url",
+            "api_key_env",
+            "concurrency",
+            "requests_per_minute",
+            "tokens_per_minute",
+            "deadline",
+            "retries",
+            "outage",
+            "prices",
+            "max_cost",
+        ),
+        True,
+    ),
+}
+"""Keys of a judge that change how it is reached and what it may cost, not what it says."""
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One run to be made: what it is called, how many items and calls, what it depends on, and how to make it."""
+    """One run to be made: what it is called, how many items and calls, what it depends on, and how to make it.
+
+    `asked` is a protocol, or the question where the items are single answers.
+    """
 
     title: str
+    judge: str
+    asked: str
+    pairwise: bool
     items: int
     calls: int
     inputs: str
@@ -73,8 +100,9 @@ def plan(config: BenchConfig, sets: list[BenchSet], evaluators: list[Evaluator])
     questions = make_questions(config.questions)
     judging = make_judging(config.judging)
     for spec, evaluator in zip(config.judges, evaluators, strict=True):
+        who_is_asked = _judge(spec, evaluator, config.judging.max_context_tokens)
         for bench in sets:
-            who = fingerprint(spec.model_dump(mode="json"), [asdict(item) for item in bench.items])
+            who = fingerprint(who_is_asked, [asdict(item) for item in bench.items])
             if bench.pairwise:
                 for protocol in protocols:
                     yield from _pair_jobs(config, bench, evaluator, protocol, who)
@@ -84,7 +112,15 @@ def plan(config: BenchConfig, sets: list[BenchSet], evaluators: list[Evaluator])
                 make = partial(_points, bench, evaluator, question, judging)
                 title = f"{bench.name}: {evaluator.name} / {question.name}"
                 inputs = fingerprint(who, asdict(question), asdict(judging))
-                yield Job(title, len(bench.items), len(bench.items), inputs, make)
+                count = len(bench.items)
+                yield Job(title, evaluator.name, question.name, False, count, count, inputs, make)
+
+
+def _judge(spec: EvaluatorConfig, evaluator: Evaluator, longest: int | None) -> str:
+    """A digest of what a judge's verdicts depend on: its settings, and the weights or what the server calls them."""
+    weights = None if spec.model is None else source_fingerprint(spec.model, spec.revision)
+    served = [one.model for one in paid([evaluator])]
+    return fingerprint(spec.model_dump(mode="json", exclude=_SAME_VERDICTS), weights, served, longest)
 
 
 def expected(
@@ -134,7 +170,8 @@ def _pair_jobs(
         title += {"given": "", "other": ", another item's reference", "worse": ", the worse output as reference"}[shown]
         how = [config.vote, config.max_tokens, config.too_long, config.critique_tokens]
         inputs = fingerprint(who, asdict(protocol), how, shown, config.seed if shown == "other" else None)
-        yield Job(title, len(asked), calls, inputs, partial(_pairs, bench, judge, evaluator.name, shown, config.seed))
+        make = partial(_pairs, bench, judge, evaluator.name, shown, config.seed)
+        yield Job(title, evaluator.name, protocol.name, True, len(asked), calls, inputs, make)
 
 
 def _pairs(

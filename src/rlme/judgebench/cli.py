@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,10 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from rich.console import Console
 
+    from rlme.judgebench.bench import Job
+    from rlme.judgebench.items import BenchSet
     from rlme.judgebench.run import Record, Run
 
 Many = list[str] | None
@@ -73,7 +76,6 @@ def judge_bench(
         from rlme.judgebench.run import load_recorded
 
         runs = load_recorded(str(verdicts), columns=_mapping(column))
-        _make_folder(folder)
         count, start = RESAMPLES if resamples is None else resamples, seed or 0
     else:
         from rlme.judgebench.config import BenchConfig
@@ -84,17 +86,20 @@ def judge_bench(
         content = apply_overrides(content, overrides or [])
         settings = validate(BenchConfig, content, str(config or "judge-bench"))
         folder = Path(settings.output) if settings.output else None
+        sets = _sets(settings, console)  # read before a model is loaded
+        count, start = settings.resamples, settings.seed
+    with _held(folder):
         try:
-            runs = _judge(settings, folder, console)
+            if verdicts is None:
+                runs = _judge(settings, sets, folder, console)
         except KeyboardInterrupt:
             how = f"the same command goes on with what is in {folder}" if folder else "no --output, so nothing is kept"
             raise RunStopped(f"interrupted; {how}") from None
-        count, start = settings.resamples, settings.seed
-    result = analyse(runs, resamples=count, seed=start)
-    _show(result, console)
-    if folder is not None:
-        _write(result, runs, folder)
-        console.print(f"report: {folder / 'report.html'}   verdicts: {folder / 'verdicts.jsonl'}")
+        result = analyse(runs, resamples=count, seed=start)
+        _show(result, console)
+        if folder is not None:
+            _write(result, runs, folder)
+            console.print(f"report: {folder / 'report.html'}   verdicts: {folder / 'verdicts.jsonl'}")
     if table is not None:
         table.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
@@ -139,12 +144,18 @@ def _mapping(pairs: Many) -> dict[str, str]:
     return found
 
 
-def _make_folder(folder: Path | None) -> None:
-    """The folder for the report, unless it holds a run of another command, whose files would be overwritten."""
+@contextmanager
+def _held(folder: Path | None) -> Iterator[None]:
+    """The folder for the report, made and this process's alone, unless it holds a run of another command, whose files
+    would be overwritten.
+    """
+    from filelock import FileLock, Timeout
+
     from rlme.config_file import read_yaml
     from rlme.errors import InputError
 
     if folder is None:
+        yield
         return
     config = folder / "config.yaml"
     if config.is_file() and "model" in read_yaml(config):
@@ -153,9 +164,54 @@ def _make_folder(folder: Path | None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"output is {str(folder)!r}, which cannot be made: {error.strerror}") from None
+    lock = FileLock(folder / ".lock", blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise InputError(f"{folder}: another process is judging in it") from None
+    except (NotImplementedError, OSError):  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
 
 
-def _judge(settings: Any, folder: Path | None, console: Console) -> list[Run]:
+def _sets(settings: Any, console: Console) -> list[BenchSet]:
+    """The labelled items, with a word on what cannot be asked about them."""
+    from rlme.align.protocols import load_protocol
+    from rlme.judgebench.bench import load_sets, without_references
+
+    for name in settings.protocols:
+        load_protocol(name)
+    sets = load_sets(settings)
+    for sentence in without_references(settings, sets):
+        console.print(sentence, markup=False, highlight=False)
+    return sets
+
+
+class _LabelMasses:
+    """Says once for every judge and protocol or question that it puts little probability on the labels."""
+
+    def __init__(self, threshold: float, console: Console) -> None:
+        from rlme.align.label_mass import LabelMass
+
+        self._threshold, self._console = threshold, console
+        self._of_pairs, self._of_answers = LabelMass("protocol"), LabelMass("question")
+        self._said: set[tuple[bool, tuple[str, str]]] = set()
+
+    def add(self, job: Job, records: Sequence[Record]) -> None:
+        """Count these records of a run in, asked now or earlier."""
+        masses = self._of_pairs if job.pairwise else self._of_answers
+        for record in records:
+            masses.add(job.judge, job.asked, record.mass)
+        for key, text in masses.warnings(self._threshold).items():
+            if (job.pairwise, key) not in self._said:
+                self._said.add((job.pairwise, key))
+                self._console.print(text, style="yellow", markup=False, highlight=False)
+
+
+def _judge(settings: Any, sets: list[BenchSet], folder: Path | None, console: Console) -> list[Run]:
     """Make all runs, with the number of calls said first and every finished run on disk."""
     from rich.markup import escape
     from rich.progress import (
@@ -167,27 +223,21 @@ def _judge(settings: Any, folder: Path | None, console: Console) -> list[Run]:
         TimeRemainingColumn,
     )
 
-    from rlme.align.protocols import load_protocol
     from rlme.align.stage import Lines
     from rlme.commands import _quiet
     from rlme.evaluators.build import build_evaluators
     from rlme.evaluators.spending import Ledger, estimates
-    from rlme.judgebench.bench import expected, load_sets, plan, without_references
-    from rlme.judgebench.run import as_record, save_records
+    from rlme.judgebench.bench import expected, plan
+    from rlme.judgebench.run import as_record, load_saved, save_records
 
-    for name in settings.protocols:
-        load_protocol(name)
-    sets = load_sets(settings)  # read before a model is loaded
-    for sentence in without_references(settings, sets):
-        console.print(sentence, markup=False, highlight=False)
-    _make_folder(folder)
     _quiet()
     evaluators = build_evaluators(
         settings.judges, cache=settings.judging, max_context_tokens=settings.judging.max_context_tokens
     )
     jobs = list(plan(settings, sets, evaluators))
-    made = _earlier(folder)
-    left = [job for job in jobs if job.inputs not in made]
+    # Runs that an earlier, perhaps interrupted, call left in the folder, by what they were made from.
+    made = {} if folder is None else {run.inputs: run for run in load_saved(folder / "verdicts.jsonl")}
+    left = [job for job in jobs if job.inputs not in made or len(made[job.inputs].records) < job.items]
     reused = f" ({len(jobs) - len(left)} runs are there already)" if len(left) < len(jobs) else ""
     console.print(f"{len(left)} runs, {sum(job.calls for job in left)} judge calls{reused}", highlight=False)
     ledger = None
@@ -208,17 +258,27 @@ def _judge(settings: Any, folder: Path | None, console: Console) -> list[Run]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
+    masses = _LabelMasses(settings.judging.mass_warning, console)
+    for job in jobs:
+        masses.add(job, made[job.inputs].records if job.inputs in made else ())
     with Progress(*columns, console=console) as progress:
         whole = progress.add_task("all items", total=sum(job.items for job in left))
         for job in left:
             progress.update(whole, description=escape(job.title))
             lines = None if folder is None else Lines(folder / f"unfinished-{job.inputs}.jsonl")
+            if lines is not None:
+                lines.resume(1)  # nothing is written after a line that was cut off
+            earlier = [as_record(row) for row in lines.read()] if lines else []
+            masses.add(job, earlier)
+            if job.inputs in made:  # what a file that was cut off has of it
+                earlier += made[job.inputs].records
             # Failed items of an interrupted run are asked again.
-            done = [as_record(row) for row in lines.read() if not row["failures"]] if lines else []
+            done = [record for record in earlier if not record.failures]
             progress.advance(whole, len(done))
 
-            def advance(new: Sequence[Record], lines: Lines | None = lines) -> None:
+            def advance(new: Sequence[Record], job: Job = job, lines: Lines | None = lines) -> None:
                 progress.advance(whole, len(new))
+                masses.add(job, new)
                 if lines is not None:
                     lines.append([asdict(record) for record in new])
 
@@ -231,15 +291,6 @@ def _judge(settings: Any, folder: Path | None, console: Console) -> list[Run]:
                 save_records(made.values(), folder / "verdicts.jsonl")
                 lines.path.unlink(missing_ok=True)
     return [made[job.inputs] for job in jobs]
-
-
-def _earlier(folder: Path | None) -> dict[str, Run]:
-    """Runs that an earlier, perhaps interrupted, call left in the folder, by what they were made from."""
-    from rlme.judgebench.run import load_recorded
-
-    if folder is None or not (folder / "verdicts.jsonl").is_file():
-        return {}
-    return {run.inputs: run for run in load_recorded(str(folder / "verdicts.jsonl"))}
 
 
 def _show(result: dict[str, Any], console: Console) -> None:

@@ -4,7 +4,8 @@ dataset.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -141,8 +142,8 @@ def load_set(
         limit: only the first rows.
 
     Raises:
-        InputError: unknown reader, unreadable source, missing column, empty text, unknown or mixed label
-            spellings.
+        InputError: unknown reader, unreadable source, missing column, empty or broken text, unknown or mixed
+            label spellings.
     """
     if reader not in READERS:
         raise InputError(
@@ -156,16 +157,19 @@ def load_set(
             f"{nearest(unknown, form.columns)}; its fields are {', '.join(form.columns)}."
         )
     table = load_rows(source, split=split, limit=limit)
-    rows = [_flat_mtbench(row) for row in table.records] if reader == "mtbench" else table.records
-    numbers = table.numbers
+    rows, numbers = table.records, table.numbers
+    if reader == "mtbench":
+        rows = [_flat_mtbench(row, n, source) for n, row in zip(numbers, rows, strict=True)]
     where = _columns_of(rows[0], form, columns or {}, source)
-    raw = [_field(row, where["label"], n, source) for n, row in zip(numbers, rows, strict=True)]
+    raw = [_label(row, where["label"], n, source) for n, row in zip(numbers, rows, strict=True)]
     kept = [i for i, label in enumerate(raw) if not (form.pairwise and label in _TIES)]
     if not kept:
         raise InputError(f"{source}: every row is a tie, so there is nothing to measure a judge on.")
     spelling = _spelling([raw[i] for i in kept], labels, form.pairwise, source, where["label"])
     build = _pair if form.pairwise else _point
     items = [build(rows[i], raw[i] == spelling[0], where, numbers[i], source) for i in kept]
+    for i in kept:
+        _check_unicode(rows[i], where.values() if form.pairwise else rows[i], numbers[i], source)
     return BenchSet(name or Path(source).stem, tuple(items), len(rows) - len(kept))  # type: ignore[arg-type]
 
 
@@ -187,6 +191,26 @@ def _field(row: Mapping[str, Any], column: str, index: int, source: str) -> Any:
     if row.get(column) is None:
         raise InputError(f"{source}, row {index}: the column {column!r} is missing or empty.")
     return row[column]
+
+
+def _label(row: Mapping[str, Any], column: str, index: int, source: str) -> str | int | float:
+    value = _field(row, column, index, source)
+    if not isinstance(value, str | int | float):
+        raise InputError(f"{source}, row {index}: the column {column!r} is {value!r}, expected one label, not several.")
+    return value
+
+
+def _check_unicode(row: Mapping[str, Any], columns: Iterable[str], index: int, source: str) -> None:
+    """JSON can spell halves of a character (lone surrogates), which no tokenizer, file or server takes."""
+    for column in columns:
+        try:
+            json.dumps({column: row.get(column)}, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise InputError(
+                f"{source}, row {index}: the column {column!r} holds {half!r}, half of a character; "
+                "expected whole Unicode text."
+            ) from None
 
 
 def _text(row: Mapping[str, Any], column: str, index: int, source: str) -> str:
@@ -219,7 +243,7 @@ def _spelling(
     seen = {(type(value), value) for value in values}
     shown = ", ".join(sorted(repr(value) for _, value in seen)[:8])
     if given is not None:
-        if len(given) != 2:
+        if len(given) != 2 or not all(isinstance(one, str | int | float) for one in given):
             raise InputError(f"labels {list(given)!r}: expected two spellings, the first (or right) one first.")
         # From the command line labels come as text, whatever their type in the file.
         typed = [next((v for _, v in seen if str(v) == str(one)), one) for one in given]
@@ -240,19 +264,37 @@ def _spelling(
     )
 
 
-def _flat_mtbench(row: dict[str, Any]) -> dict[str, Any]:
+def _flat_mtbench(row: dict[str, Any], index: int, source: str) -> dict[str, Any]:
     """Rows of the published human judgements hold whole conversations; compare the last answers after the
     same turns.
     """
     if "conversation_a" not in row:
         return row
-    conversation, other = row["conversation_a"], row["conversation_b"]
-    turn = int(row.get("turn", 1))
-    asked = [message["content"] for message in conversation[: 2 * turn] if message["role"] == "user"]
+    value = row.get("turn")
+    try:
+        turn = 1 if value is None else int(value)
+    except (TypeError, ValueError, OverflowError):
+        turn = 0
+    if turn < 1:
+        raise InputError(f"{source}, row {index}: the column 'turn' is {value!r}, expected a whole number from 1.")
+    first, second = (_turns(row, f"conversation_{side}", turn, index, source) for side in "ab")
     flat = {
-        "instruction": "\n\n".join(asked),
-        "output_1": conversation[2 * turn - 1]["content"],
-        "output_2": other[2 * turn - 1]["content"],
-        "label": row["winner"],
+        "instruction": "\n\n".join(message["content"] for message in first if message["role"] == "user"),
+        "output_1": first[-1]["content"],
+        "output_2": second[-1]["content"],
+        "winner": row.get("winner"),
     }
     return flat | ({"reference": row["reference"]} if row.get("reference") else {})
+
+
+def _turns(row: Mapping[str, Any], column: str, turn: int, index: int, source: str) -> list[dict[str, str]]:
+    """The conversation's messages up to the answer of this turn."""
+    value = row.get(column)
+    messages = value[: 2 * turn] if isinstance(value, list) else []
+    good = all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages)
+    if not good or len(messages) < 2 * turn:
+        raise InputError(
+            f"{source}, row {index}: the column {column!r} is no conversation up to turn {turn}, expected at least "
+            f"{2 * turn} messages with a role and a content."
+        )
+    return messages

@@ -138,7 +138,7 @@ def _kappas(runs: Sequence[dict[str, Any]]) -> Table:
 def _llmbar(runs: Sequence[dict[str, Any]]) -> Table:
     scored = [r for r in runs if "llmbar" in r]
     names = list(scored[0]["llmbar"]) if scored else []
-    rows = [[r["set"], r["judge"], *(str(v) for v in r["llmbar"].values())] for r in scored]
+    rows = [[r["set"], r["judge"], *("" if v is None else str(v) for v in r["llmbar"].values())] for r in scored]
     title = "By LLMBar's own definitions (its kappas compare differently coded sequences)"
     return title, ["set", "judge", *names], rows
 
@@ -233,16 +233,18 @@ def _estimate(values: dict[str, Any], key: str) -> str:
     if found is None or found["value"] is None:
         return ""
     scale, digits = (1, 3) if key in _FRACTIONS else (100, 1)
-    value, low, high = (scale * found[k] if found[k] is not None else float("nan") for k in ("value", "low", "high"))
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    value, low, high = (
+        None if found[k] is None else f"{scale * found[k]:.{digits}f}" for k in ("value", "low", "high")
+    )
+    return f"{value}" if low is None or high is None else f"{value} [{low}, {high}]"
 
 
 def _number(value: float | None, digits: int = 3) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def _p_value(value: float) -> str:
-    return "<0.001" if value < 0.001 else f"{value:.3f}"
+def _p_value(value: float | None) -> str:
+    return "" if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _failures(counts: dict[str, int]) -> str:

@@ -7,6 +7,7 @@ computed from them, so that recorded verdicts are scored exactly like fresh ones
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
 from collections import Counter
@@ -198,13 +199,31 @@ def judge_points(
 
 
 def save_records(runs: Iterable[Run], path: Path) -> None:
-    """One JSON line per run's header and per record; `load_recorded` reads it back."""
-    with path.open("w", encoding="utf-8") as file:
+    """One JSON line per run's header and per record, put in place by one rename; `load_recorded` reads it back."""
+    partial = path.with_suffix(".partial")
+    with partial.open("w", encoding="utf-8") as file:
         for run in runs:
             header = {k: v for k, v in asdict(run).items() if k != "records"}
             file.write(json.dumps({"run": header}) + "\n")
             for record in run.records:
                 file.write(json.dumps(asdict(record)) + "\n")
+    os.replace(partial, path)
+
+
+def load_saved(path: Path) -> list[Run]:
+    """What `save_records` left there, if anything. A last line that was cut off is removed from the file, so the last
+    run may lack records.
+    """
+    content = path.read_bytes() if path.is_file() else b""
+    last = content[content.rfind(b"\n") + 1 :]
+    try:
+        json.loads(last or b"{}")
+    except ValueError:
+        content = content[: -len(last)]
+        partial = path.with_suffix(".partial")
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    return load_recorded(str(path)) if content.strip() else []
 
 
 def load_recorded(source: str, *, reader: str = "pairs", columns: dict[str, str] | None = None) -> list[Run]:
