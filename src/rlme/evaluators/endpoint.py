@@ -104,10 +104,10 @@ class EndpointEvaluator:
 
     def estimate(self, requests: Sequence[Request], *, max_tokens: int | None = None) -> Usage:
         """Tokens that these requests may take, before any is sent, nothing cached; `max_tokens`: of texts to be
-        written. Counted exactly where the server shares its tokenizer; otherwise at three characters a token, which is
-        on the high side. Raises `ConnectionError` when the server does not count."""
+        written. Counted exactly where the server shares its tokenizer; otherwise guessed from the text's length, on
+        the high side. Raises `ConnectionError` when the server does not count."""
         try:
-            sizes = self._loop.run(_all([self._server.size(request) for request in requests]))
+            sizes = self._loop.run(_all([self._slotted(self._server.size)(request) for request in requests]))
         except CallFailed as failure:
             raise ConnectionError(f"endpoint {self.config.base_url}: {failure.detail}") from None
         if max_tokens is not None:
@@ -231,8 +231,9 @@ def settle(request: Request, found: Found, config: EndpointConfig) -> Answer:
         there = math.fsum(math.exp(lp) for i in rows if (lp := found.logprobs[i]) is not None and not found.bounded[i])
         missing = [found.logprobs[i] for i in rows if found.bounded[i]]
         at_most = math.fsum(math.inf if lp is None else math.exp(lp) for lp in missing)
-        unknown = any(lp is None for lp in missing)
-        if missing and (unknown or (config.missing_label == "fail" and at_most > NEGLIGIBLE * there)):
+        unknown = any(lp is None for lp in missing) or not (there or at_most)  # so small that exp makes 0 of it
+        negligible = at_most <= NEGLIGIBLE * there
+        if missing and (unknown or (config.missing_label == "fail" and not negligible)):
             text = next(request.continuations[i] for i in rows if found.bounded[i])
             detail = f"{text!r} is not among the log-probabilities that the server returned"
             return Answer(None, Failure.LABEL_MISSING, detail, **spent)

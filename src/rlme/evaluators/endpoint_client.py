@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from rlme.errors import InputError, RunStopped
 from rlme.evaluators.endpoint_config import EndpointConfig
-from rlme.evaluators.endpoint_limits import Account, Gate, Outage, Pace
+from rlme.evaluators.endpoint_limits import Account, Gate, Notice, Outage, Pace
 from rlme.evaluators.endpoint_wire import CallFailed, Usage, read_usage
 from rlme.judgement import Failure
 
@@ -56,7 +56,8 @@ class EndpointClient:
         self._requests = Pace(config.requests_per_minute)
         self._tokens = Pace(config.tokens_per_minute)
         self._gate = Gate()
-        self._outage = Outage(self._healthy, config.outage, gate=self._gate)
+        self._notice = Notice(config.base_url)
+        self._outage = Outage(self._healthy, config.outage, gate=self._gate, notice=self._notice)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -77,7 +78,7 @@ class EndpointClient:
         both. Raises `CallFailed` when no attempt helped, `RunStopped` at an outage longer than the budget or at the
         cost cap.
         """
-        failed, first_failure = 0, time.monotonic()
+        failed, limited, limited_since = 0, 0, 0.0
         while True:
             try:
                 return await self._attempt(path, body, read, tokens_in, tokens_out)
@@ -86,20 +87,20 @@ class EndpointClient:
                 if not failure.passing:
                     raise
                 self._give_up_at_long_waits(failure)
-                if not failed:
-                    first_failure = time.monotonic()
-                failed += 1
                 if failure.kind is Failure.RATE_LIMITED:  # a limit is waited out; attempts do not count
-                    spent = time.monotonic() - first_failure >= self.config.outage
+                    limited_since = limited_since if limited else time.monotonic()
+                    limited += 1
+                    spent = time.monotonic() - limited_since >= self.config.outage
                 else:
+                    failed += 1
                     spent = failed > self.config.retries
                 if spent:
                     # Before the probe is through there is no way to tell an outage from a wrong address.
                     if self.health_body is None or not await self._outage.over():
                         raise
-                    failed = 0
+                    failed = limited = 0
                 self.account.retries += 1
-                await self._pause(failed, failure)
+                await self._pause(limited if failure.kind is Failure.RATE_LIMITED else failed, failure)
 
     def _give_up_at_long_waits(self, failure: CallFailed) -> None:
         if failure.fatal:
@@ -120,18 +121,33 @@ class EndpointClient:
         reserved = self.account.reserve(tokens_in, tokens_out)
         usage = Usage()
         try:
-            await self._requests.take()
-            await self._tokens.take(estimate)
+            await self._turn(estimate)
             self.account.calls += 1
-            reply = await self._send(path, body)
-            usage = read_usage(reply)
-            if not usage.tokens_in:  # the server does not count: what was expected is taken for spent
-                usage = Usage(tokens_in, 0, tokens_out)
+            # What was expected is taken for spent where nothing is told: the reply is late, cannot be read, or does
+            # not count.
+            try:
+                reply = await self._send(path, body)
+            except CallFailed as failure:
+                if failure.kind in (Failure.TIMEOUT, Failure.MALFORMED):
+                    usage = Usage(tokens_in, 0, tokens_out)
+                raise
+            told = read_usage(reply)
+            usage = Usage(told.tokens_in or tokens_in, told.tokens_cached, told.tokens_out or tokens_out)
             return read(reply), usage
         finally:
             self.account.settle(reserved, usage)
             if usage.tokens_in:
                 self._tokens.correct(usage.tokens_in + usage.tokens_out - estimate)
+
+    async def _turn(self, tokens: int) -> None:
+        """Wait for a place and an open gate. A place that comes up while the gate is closed is lost, so that those who
+        waited do not all go when it opens."""
+        while True:
+            await self._gate.passed()
+            await self._requests.take()
+            await self._tokens.take(tokens)
+            if not self._gate.closed:
+                return
 
     async def _send(self, path: str, body: dict[str, Any] | None) -> Any:
         """One request on the wire; returns the decoded JSON."""
@@ -151,6 +167,9 @@ class EndpointClient:
         except openai.APIConnectionError as error:
             cause = error.__cause__ or error
             raise CallFailed(Failure.CONNECTION, f"{type(cause).__name__}: {cause}"[:300]) from None
+        except UnicodeEncodeError:
+            detail = "the text holds half a character (a lone surrogate), which no request can carry"
+            raise CallFailed(Failure.REFUSED, detail, passing=False) from None
         except (ValueError, RecursionError) as error:
             raise CallFailed(Failure.MALFORMED, f"the reply is not JSON ({error})"[:300]) from None
 
@@ -165,41 +184,54 @@ class EndpointClient:
         return True
 
     async def _pause(self, failed: int, failure: CallFailed) -> None:
+        """Back off; longer where the server asks for it, never shorter."""
+        longest = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(failed - 1, 10)) if failed else FIRST_PAUSE
+        wait = random.uniform(0.5, 1.0) * longest
         if failure.retry_after is not None:
             self._gate.close_for(failure.retry_after)
-            await asyncio.sleep(failure.retry_after * random.uniform(1.0, 1.1))
-            return
-        longest = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(failed - 1, 10)) if failed else FIRST_PAUSE
-        await asyncio.sleep(random.uniform(0.5, 1.0) * longest)
+            wait = max(wait, random.uniform(1.0, 1.1) * failure.retry_after)
+        if failure.retry_after is not None or failure.kind is Failure.RATE_LIMITED:
+            self._notice.waiting(f"the server asks to slow down ({failure.detail})", wait)
+        await asyncio.sleep(wait)
 
 
 def _key(config: EndpointConfig) -> str:
     if config.api_key_env is None:
         return "none"
-    key = os.environ.get(config.api_key_env)
+    key = os.environ.get(config.api_key_env, "").strip()
+    named = f"evaluator endpoint {config.base_url}: api_key_env names the environment variable {config.api_key_env!r}, "
     if not key:
-        raise InputError(
-            f"evaluator endpoint {config.base_url}: api_key_env names the environment variable "
-            f"{config.api_key_env!r}, which is not set"
-        )
+        raise InputError(named + "which is not set")
+    if not (key.isascii() and key.isprintable()):  # refused here: the HTTP client's own complaint shows the key
+        raise InputError(named + "whose value has characters that no HTTP header may hold")
     return key
 
 
 def _status_failure(error: Any) -> CallFailed:
     status = int(error.status_code)
     body = error.body if isinstance(error.body, dict) else {}
-    detail = f"HTTP {status}: {error.message}"[:300]
+    detail = f"HTTP {status}: {_said(error)}"[:300]
     wait = _retry_after(error.response.headers)
-    if status == 429:
-        spent = body.get("code") == "insufficient_quota"
+    if status in (402, 429):  # 402 is payment required
+        spent = status == 402 or "insufficient_quota" in (body.get("code"), body.get("type"))
         return CallFailed(Failure.RATE_LIMITED, detail, fatal=spent, retry_after=wait, status=status)
     if status in (408, 504):
         return CallFailed(Failure.TIMEOUT, detail, status=status)
     if status >= 500:  # a 503 may say when to come back, too
         return CallFailed(Failure.SERVER_ERROR, detail, retry_after=wait, status=status)
+    if status in (409, 425):  # a conflict with another call, or too early: both pass
+        return CallFailed(Failure.REFUSED, detail, retry_after=wait, status=status)
     too_long = status == 413 or body.get("code") == "context_length_exceeded" or _TOO_LONG.search(detail) is not None
     kind = Failure.CONTEXT_TOO_LONG if too_long else Failure.REFUSED
     return CallFailed(kind, detail, passing=False, status=status)
+
+
+def _said(error: Any) -> str:
+    """The server's own words, in whichever field it puts them."""
+    said = error.body
+    if isinstance(said, dict):
+        said = said.get("message") or said.get("detail") or said
+    return str(said or error.message)
 
 
 def _retry_after(headers: Any) -> float | None:

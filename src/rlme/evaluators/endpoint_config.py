@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -73,6 +74,13 @@ class EndpointConfig(BaseModel):
             raise ValueError(f"base_url is {value!r}, expected an address that begins with http:// or https://")
         if "@" in value.split("/")[2]:
             raise ValueError("base_url holds a user name or password; name an environment variable in `api_key_env`")
+        try:
+            address = urlsplit(value)
+            usable = bool(address.hostname) and (address.port is None or address.port > 0)
+        except ValueError:
+            usable = False
+        if not usable:
+            raise ValueError(f"base_url is {value!r}, expected http://HOST:PORT/v1 with a port from 1 to 65535")
         return value.rstrip("/")
 
     @field_validator("max_cost")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -13,6 +14,9 @@ from rlme.errors import RunStopped
 from rlme.evaluators.endpoint_config import Prices
 from rlme.evaluators.endpoint_wire import Usage
 from rlme.judgement import Failure
+
+LONG_WAIT = 5.0
+"""Seconds of waiting that are worth a line."""
 
 
 class Pace:
@@ -45,6 +49,11 @@ class Gate:
     def __init__(self) -> None:
         self._opens_at = 0.0
 
+    @property
+    def closed(self) -> bool:
+        """Whether a call would have to wait."""
+        return self._opens_at > time.monotonic()
+
     def close_for(self, seconds: float) -> None:
         """Hold calls back for so long (an earlier, longer hold stays)."""
         self._opens_at = max(self._opens_at, time.monotonic() + seconds)
@@ -53,6 +62,27 @@ class Gate:
         """Wait until the gate is open."""
         while (wait := self._opens_at - time.monotonic()) > 0:
             await asyncio.sleep(wait)
+
+
+class Notice:
+    """Says that the run waits, and why: one line for a wait of more than `LONG_WAIT` seconds, no second one while it
+    lasts."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self._until = 0.0
+
+    def waiting(self, why: str, seconds: float) -> None:
+        """A wait of at most so many seconds begins."""
+        if seconds > LONG_WAIT and time.monotonic() >= self._until:
+            self._until = time.monotonic() + seconds
+            sys.stderr.write(
+                f"endpoint {self._where}: {' '.join(why.split())}; waiting for it, {seconds:.0f} s at most\n"
+            )
+
+    def over(self) -> None:
+        """The wait has ended before its time."""
+        self._until = 0.0
 
 
 @dataclass
@@ -120,10 +150,11 @@ class Outage:
     request itself is at fault. Otherwise everyone waits for it to come back, at most `budget` seconds.
     """
 
-    def __init__(self, healthy: Callable[[], Awaitable[bool]], budget: float, *, gate: Gate) -> None:
+    def __init__(self, healthy: Callable[[], Awaitable[bool]], budget: float, *, gate: Gate, notice: Notice) -> None:
         self._healthy = healthy
         self.budget = budget
         self._gate = gate
+        self._notice = notice
         self._check: asyncio.Task[bool] | None = None
 
     async def over(self) -> bool:
@@ -140,9 +171,12 @@ class Outage:
         if await self._healthy():
             return False
         while (left := began + self.budget - time.monotonic()) > 0:
+            if time.monotonic() + pause - began > LONG_WAIT:
+                self._notice.waiting("the server does not answer", left)
             self._gate.close_for(min(pause, left))
             await asyncio.sleep(min(pause, left))
             if await self._healthy():
+                self._notice.over()
                 return True
             pause = min(2 * pause, 30.0)
         raise RunStopped(

@@ -47,7 +47,8 @@ async def _model(client: EndpointClient, config: EndpointConfig) -> tuple[str, d
             return config.model, {}
         raise
     rows = listed.get("data") if isinstance(listed, dict) else None
-    models = {m["id"]: m for m in rows or [] if isinstance(m, dict) and isinstance(m.get("id"), str)}
+    rows = rows if isinstance(rows, list) else []
+    models = {m["id"]: m for m in rows if isinstance(m, dict) and isinstance(m.get("id"), str)}
     if config.model is None:
         if len(models) != 1:
             raise InputError(
@@ -77,7 +78,8 @@ async def _token_server(client: EndpointClient, model: str, meta: dict[str, Any]
         props = await _optional(client, f"{root}/props", None)
         settings = props.get("default_generation_settings") if isinstance(props, dict) else None
         context = settings.get("n_ctx") if isinstance(settings, dict) else None
-        vocabulary = (meta.get("meta") or {}).get("n_vocab")
+        more = meta.get("meta")
+        vocabulary = more.get("n_vocab") if isinstance(more, dict) else None
         if not isinstance(context, int) or not isinstance(vocabulary, int):
             return None  # some other server with a route of this name
         server.limit, server.top, server.plain = context, vocabulary, reply["tokens"][-1]
@@ -176,12 +178,13 @@ async def _text_server(client: EndpointClient, model: str) -> TextServer:
 
 
 async def _largest_top(client: EndpointClient, path: str, body: dict[str, Any], ask: Any) -> int:
-    """The largest number of alternatives the server gives; raises the refusal when it refuses every number."""
+    """The largest number of alternatives the server gives, which may be fewer than it accepts being asked for; raises
+    the refusal when it refuses every number."""
     refusal: CallFailed | None = None
     for count in TOPS:
         try:
-            await client.call(path, body | ask(count), lambda r: read_next_tokens(r, asked=1), tokens_in=20)
-            return count
+            top, _ = await client.call(path, body | ask(count), lambda r: read_next_tokens(r, asked=1), tokens_in=20)
+            return max(1, min(count, top.count))
         except CallFailed as failure:
             number_refused = failure.kind is Failure.REFUSED and failure.status in (400, 422)
             if not number_refused:

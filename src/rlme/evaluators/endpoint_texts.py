@@ -18,6 +18,8 @@ from rlme.judgement import Message, Request
 
 CHARACTERS_PER_TOKEN = 3
 """A low guess (English has about 4), so that limits and the cost cap err on the safe side."""
+BYTES_PER_TOKEN = 2
+"""The same for all that is not ASCII: an accented letter is at most one token, a Chinese character may be two."""
 
 
 @dataclass
@@ -119,10 +121,16 @@ class TextServer:
     def _body(self, context: str | tuple[Message, ...], max_tokens: int) -> tuple[str, dict[str, Any], int]:
         if isinstance(context, str):
             body: dict[str, Any] = {"model": self.model, "prompt": context, "max_tokens": max_tokens}
-            return "/completions", body, 1 + len(context) // CHARACTERS_PER_TOKEN
-        size = sum(1 + len(m["content"]) // CHARACTERS_PER_TOKEN + 4 for m in context)
+            return "/completions", body, guessed_tokens(context)
+        size = sum(guessed_tokens(m["content"]) + 4 for m in context)
         return (
             "/chat/completions",
             {"model": self.model, "messages": list(context), self.max_tokens: max_tokens},
             size,
         )
+
+
+def guessed_tokens(text: str) -> int:
+    """How many tokens a text may have, rather too many than too few."""
+    size, plain = len(text.encode("utf-8", "surrogatepass")), len(text.encode("ascii", "ignore"))
+    return 1 + plain // CHARACTERS_PER_TOKEN + (size - plain + 1) // BYTES_PER_TOKEN

@@ -245,7 +245,8 @@ def _all_there(top: NextTokens, labels: list[list[int | None]]) -> bool:
     for tokens in labels:
         there = sum(math.exp(top.by_id[t]) for t in tokens if t is not None and t in top.by_id)
         missing = [t for t in tokens if t not in top.by_id]
-        if None in missing or len(missing) * math.exp(top.floor) > FAR_BELOW * there:
+        negligible = there > 0 and len(missing) * math.exp(top.floor) <= FAR_BELOW * there  # exp may round to 0
+        if None in missing or (missing and not negligible):
             return False
     return True
 

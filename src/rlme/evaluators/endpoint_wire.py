@@ -47,13 +47,14 @@ class CallFailed(Exception):
 class NextTokens:
     """The most likely next tokens after a context, by id where the server gives ids and by text otherwise.
 
-    `floor` is the smallest log-probability of the list if the list is as long as was asked for: what is not in it is
-    at most that. None: the list is shorter than that, so nothing can be said about what it lacks.
+    `floor` is the last log-probability among as many as were asked for: what is not in the list is at most that. None:
+    the list has fewer numbers than that, so nothing can be said about what it lacks. `count` is how many it has.
     """
 
     by_id: dict[int, float]
     by_text: dict[bytes, float]
     floor: float | None
+    count: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,14 +136,14 @@ def read_next_tokens(reply: Any, *, asked: int) -> NextTokens:
 
     by_id: dict[int, float] = {}
     by_text: dict[bytes, float] = {}
-    smallest = 0.0
+    ranked: list[float] = []
     for token_id, token, raw, value in pairs:
         logprob = _logprob(value)
         if not isinstance(token, str):
             raise CallFailed(Failure.MALFORMED, "a token in top_logprobs has no text")
-        smallest = min(smallest, logprob)
         if logprob <= ABSENT:
             continue
+        ranked.append(logprob)
         if token.startswith(_TOKEN_ID) and token[len(_TOKEN_ID) :].isdigit():
             by_id[int(token[len(_TOKEN_ID) :])] = logprob
             continue
@@ -150,7 +151,8 @@ def read_next_tokens(reply: Any, *, asked: int) -> NextTokens:
             by_id[token_id] = logprob
         by_text.setdefault(_bytes(token, raw), logprob)
     _check_sum(by_id or by_text)
-    return NextTokens(by_id, by_text, smallest if len(pairs) >= asked else None)
+    ranked.sort(reverse=True)  # servers may add the token that they drew, however unlikely, to the list
+    return NextTokens(by_id, by_text, ranked[asked - 1] if len(ranked) >= asked else None, len(ranked))
 
 
 def read_named_tokens(reply: Any, named: Sequence[int]) -> NextTokens:
