@@ -7,6 +7,7 @@ installed, its own code makes the call as well (`test_real_...`).
 from __future__ import annotations
 
 import asyncio
+import datetime
 import functools
 import importlib
 import inspect
@@ -76,6 +77,62 @@ def test_client_batches_retries_and_names_errors(server: Server, monkeypatch: py
         RewardClient(patience=0.5).score([{"prompt": "", "completion": "stop"}])
     with pytest.raises(MissingReward, match="hash/right: timeout too late"):
         RewardClient().reward({"prompt": "", "completion": "fail"})
+
+
+def test_the_client_keeps_its_token_to_itself(server: Server) -> None:
+    items = [{"prompt": "Why?", "completion": "a"}]
+    assert RewardClient(token="s3cret\n").score(items)[0]["reward"] == expected("a")
+    for token in ("s3\ncret", "schlüssel"):
+        with pytest.raises(RewardServerError, match="must consist of printable ASCII") as refused:
+            RewardClient(token=token)
+        assert token not in str(refused.value)
+    with pytest.raises(RewardServerError, match="HTTP 401"):  # also where the server did not wait for the body
+        RewardClient(token="wrong", patience=5).score([{"prompt": "Why?", "completion": "x" * (6 << 20)}])
+
+
+def test_requests_are_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "MAX_BYTES", 1000)
+    texts = [c * 400 for c in "abcde"] + ["f" * 4000]
+    items = [{"prompt": "Why?", "completion": t} for t in texts]
+    assert [s.stop - s.start for s in client.batches(items)] == [2, 2, 1, 1]
+    assert [r["reward"] for r in RewardClient().score(items)] == [expected(t) for t in texts]
+    reply = openrlhf.reward_func([PROMPT + t for t in texts], [PROMPT] * 6, [""] * 6)
+    assert reply["rewards"] == [expected(t, PROMPT) for t in texts]
+
+
+def test_an_unknown_answer_is_a_missing_reward(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(Judge(), reward={"answer": "gold", "mode": "rlvr"}) as rlvr:
+        monkeypatch.setenv("RLME_SERVE_URL", f"http://127.0.0.1:{rlvr.port}")
+        golds = [None, "", float("nan"), "5"]
+        rewards = RemoteReward(answer="gold")(prompts=["a"] * 4, completions=["5", "None", "nan", "5"], gold=golds)
+        assert rewards == [None, None, None, 1.0]
+        for gold in (None, ""):
+            with pytest.raises(MissingReward, match="no known answer"):
+                asyncio.run(verl.compute_score("d", "5", gold, {"question": "Why?"}))
+            body = {"query": [PROMPT + "5"], "prompts": [PROMPT], "labels": [gold]}
+            assert rlvr.call("POST", "/openrlhf", body)[:2] == (503, {"detail": "no reward: no known answer"})
+
+
+def test_values_of_other_libraries_and_empty_batches() -> None:
+    np = pytest.importorskip("numpy")
+    extra = {"question": "Why?", "n": np.int64(3), "when": datetime.date(2026, 1, 2), "many": np.arange(2)}
+    scores = asyncio.run(verl.compute_score("d", "a", np.int64(4), extra, columns=("n", "when", "many")))
+    assert scores["score"] == expected("a")
+    assert openrlhf.reward_func([PROMPT + "a"], [PROMPT], [np.int64(1)])["rewards"] == [expected("a", PROMPT)]
+    assert openrlhf.reward_func([], [], []) == {"rewards": [], "scores": [], "extra_logs": {}}
+    parts = [{"role": "assistant", "content": [{"type": "text", "text": "a"}]}]
+    silent = [{"role": "assistant", "content": None}]
+    rewards = RemoteReward()(prompts=["Why?"] * 3, completions=[parts, [], silent])
+    assert rewards == [expected("a"), expected(""), expected("")]
+
+
+@pytest.mark.parametrize(
+    "ending", ["</s>", "<turn|>", "<pad>", "<|im_end|>\n<pad><pad>", "<｜end▁of▁sentence｜>", "<eos>\n", ""]
+)
+def test_closing_tokens_are_no_part_of_a_completion(server: Server, ending: str) -> None:
+    body = {"query": [f"{PROMPT}a <b>{ending}"], "prompts": [PROMPT]}
+    _, reply, _ = server.call("POST", "/openrlhf", body, Authorization="Bearer s3cret")
+    assert reply["rewards"] == [expected("a <b>", PROMPT)]
 
 
 def test_trl() -> None:

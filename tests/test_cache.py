@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import random
+import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 
 from rlme.errors import InputError
 from rlme.evaluators.base import Evaluator
-from rlme.evaluators.cache import CachedEvaluator, JudgeCache, model_identity
+from rlme.evaluators.cache import CachedEvaluator, JudgeCache, model_identity, read_stats
 from rlme.judgement import Answer, Failure, Message, Request
 
 
@@ -181,6 +182,63 @@ def test_clear_and_a_file_that_is_no_cache(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"notes\.txt: cannot be used"):
         JudgeCache(other)
     assert other.read_text().startswith("no database")
+
+
+@pytest.mark.parametrize(
+    ("table", "version"),
+    [("answers(id, survey)", 7), ("answers(id, survey)", 0), ("users(id)", 0), ("answers(key, evaluator, value)", 1)],
+)
+def test_a_foreign_database_is_refused_and_left_alone(tmp_path: Path, table: str, version: int) -> None:
+    path = tmp_path / "f.sqlite"
+    with sqlite3.connect(path) as connection:
+        connection.execute(f"CREATE TABLE {table}")
+        connection.execute(f"PRAGMA user_version = {version}")
+    connection.close()
+    before = path.read_bytes()
+    for opened in (JudgeCache, read_stats):
+        with pytest.raises(InputError, match="holds something else; expected a judge cache"):
+            opened(path)
+    assert path.read_bytes() == before
+
+
+def test_statistics_write_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "c?#.sqlite"
+    path.touch()
+    assert read_stats(path).answers == 0 and path.stat().st_size == 0
+    judge, _ = cached(path)  # an empty file may become a cache
+    judge.logprobs(REQUESTS)
+    assert read_stats(path) == judge.cache.stats()  # also while it is in use
+    judge.cache.close()
+    before = path.read_bytes()
+    assert read_stats(path).by_evaluator == {"m@1": 20}
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_corrupt_file_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "c.sqlite"
+    judge, _ = cached(path)
+    requests = [Request(f"context {i}", ("YES", "NO")) for i in range(2000)]
+    judge.logprobs(requests)
+    judge.cache.close()
+    content = bytearray(path.read_bytes())
+    content[4096 * 2 :] = random.Random(0).randbytes(len(content) - 4096 * 2)
+    path.write_bytes(content)
+    for use in (lambda: cached(path)[0].logprobs(requests), lambda: read_stats(path)):
+        with pytest.raises(InputError, match=r"c\.sqlite: cannot be used \(.*malformed.*\); expected an intact"):
+            use()
+
+
+@pytest.mark.parametrize("value", ["{oops", "7", "[[-1.0], []]", "[[-1.0, NaN], []]", '[["a", "b"], []]'])
+def test_a_bad_value_is_asked_again(tmp_path: Path, value: str) -> None:
+    judge, inner = cached(tmp_path / "c.sqlite")
+    answers = judge.logprobs(REQUESTS[:2])
+    judge.write(REQUESTS[:1], max_tokens=5)
+    with sqlite3.connect(tmp_path / "c.sqlite") as connection:
+        connection.execute("UPDATE answers SET value = ?", (value,))
+    connection.close()
+    assert judge.logprobs(REQUESTS[:2]) == answers
+    assert judge.write(REQUESTS[:1], max_tokens=5) == ["context 0 5"]
+    assert len(inner.asked) == 6
 
 
 def test_identity_follows_the_weights(tmp_path: Path) -> None:

@@ -49,6 +49,9 @@ def test_from_the_command_to_the_page(tmp_path: Path, capsys: pytest.CaptureFixt
         assert ended.value.code == 0
         assert "| RLME |" in capsys.readouterr().out
         assert (out / "images" / "lab-fig2.svg").is_file()
+    with pytest.raises(SystemExit):
+        main(["lab", "fig2", "--arm", "RLME", "--seeds", "1", "--steps", "3", *arguments])
+    assert "RLME-seed0: there already, with 2 steps instead of 3: delete it" in capsys.readouterr().out
     for experiment, arm in (("fig4", "live"), ("fig6", "RLVR")):  # the same runs as Figure 2's
         with pytest.raises(SystemExit):
             main(["lab", experiment, "--arm", arm, "--seeds", "1", "--steps", "2", *arguments])
@@ -65,6 +68,15 @@ def test_from_the_command_to_the_page(tmp_path: Path, capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit):
         main(["lab", "report", *arguments])
     assert "Seen by a person." in (docs / "lab.md").read_text()
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    for arguments in (["fig2", "--out"], ["build", "--out"], ["report", "--docs"]):
+        with pytest.raises(SystemExit) as ended:
+            main(["lab", *arguments, str(tmp_path / "file" / "x")])
+        assert ended.value.code == 2
+        assert "cannot be written" in (said := capsys.readouterr().err) and "Traceback" not in said
 
 
 def test_building_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rlme.adapters.client import MAX_ITEMS, RewardClient
+from rlme.adapters.client import RewardClient, batches
 
 _client: RewardClient | None = None
 
@@ -21,14 +21,12 @@ def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence
     global _client
     _client = _client or RewardClient()
     parts: list[dict[str, Any]] = []
-    for start in range(0, len(queries), MAX_ITEMS):
-        some = slice(start, start + MAX_ITEMS)
+    for some in batches(list(zip(queries, prompts, labels, strict=True))):
         body = {"query": list(queries[some]), "prompts": list(prompts[some]), "labels": list(labels[some])}
         parts.append(_client.post("/openrlhf", body))
+    names = dict.fromkeys(name for part in parts for name in part["extra_logs"])
     return {
         "rewards": [r for part in parts for r in part["rewards"]],
         "scores": [s for part in parts for s in part["scores"]],
-        "extra_logs": {
-            name: [v for part in parts for v in part["extra_logs"].get(name, [])] for name in parts[0]["extra_logs"]
-        },
+        "extra_logs": {name: [v for part in parts for v in part["extra_logs"].get(name, [])] for name in names},
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rlme.adapters.client import RewardClient
+from rlme.adapters.client import RewardClient, known, plain_text
 from rlme.errors import InputError
 
 
@@ -49,20 +49,26 @@ class RemoteReward:
                 )
         items = []
         for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            text = completion if isinstance(completion, str) else str(completion[-1].get("content") or "")
             item: dict[str, Any] = {
                 "prompt": prompt if isinstance(prompt, str) else list(prompt),
-                "completion": text,
+                "completion": _text(completion),
                 "columns": {name: columns[name][i] for name in self.columns},
             }
             if self.answer is not None:
-                item["answer"] = str(columns[self.answer][i])
+                item["answer"] = known(columns[self.answer][i])
             items.append(item)
         results = self.client.score(items)
         if log_metric is not None:
             for name, value in _means(results).items():
                 log_metric(name, value)
         return [result["reward"] for result in results]
+
+
+def _text(completion: Any) -> str:
+    """What the policy said last; a conversation without a turn says nothing."""
+    if isinstance(completion, str):
+        return completion
+    return str(plain_text(completion[-1].get("content"))) if len(completion) else ""
 
 
 def _means(results: Sequence[dict[str, Any]]) -> dict[str, float]:

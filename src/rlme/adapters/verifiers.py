@@ -14,7 +14,7 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from rlme.adapters.client import RewardClient
+from rlme.adapters.client import RewardClient, known
 
 _client: RewardClient | None = None
 _threads = ThreadPoolExecutor(64, thread_name_prefix="rlme-verifiers")
@@ -25,9 +25,11 @@ async def rlme_reward(task: Any, trace: Any) -> float:
     probabilities become metrics of the trace."""
     global _client
     _client = _client or RewardClient()
-    item: dict[str, Any] = {"prompt": task.prompt_text, "completion": trace.last_reply}
-    if (answer := getattr(task, "answer", None)) is not None:
-        item["answer"] = str(answer)
+    item = {
+        "prompt": task.prompt_text,
+        "completion": trace.last_reply or "",
+        "answer": known(getattr(task, "answer", None)),
+    }
     result = await asyncio.get_running_loop().run_in_executor(_threads, _client.reward, item)
     for j in result["judgements"]:
         if j["probability"] is not None:

@@ -15,7 +15,7 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from rlme.adapters.client import RewardClient
+from rlme.adapters.client import RewardClient, known
 
 _clients: dict[str | None, RewardClient] = {}
 _threads = ThreadPoolExecutor(64, thread_name_prefix="rlme-verl")
@@ -48,7 +48,7 @@ async def compute_score(
     item = {
         "prompt": prompt if isinstance(prompt, str) else [dict(turn) for turn in prompt],
         "completion": solution_str,
-        "answer": None if ground_truth is None else str(ground_truth),
+        "answer": known(ground_truth),
         "columns": {name: extra[name] for name in columns},
     }
     if url not in _clients:

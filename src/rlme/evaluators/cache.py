@@ -13,7 +13,8 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +26,7 @@ from rlme.judgement import Answer, Failure, Message, Request
 T = TypeVar("T")
 
 DEFAULT_BYTES = 1 << 30
-_VERSION = 1  # of the format below; another version in the file means an empty cache
+_VERSION = 1  # of the format below
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS answers (
     key BLOB PRIMARY KEY, evaluator TEXT NOT NULL, value TEXT NOT NULL, used REAL NOT NULL
@@ -54,24 +55,22 @@ class JudgeCache:
         self.path = Path(path)
         self.max_bytes = max_bytes
         self._connections: dict[tuple[int, int], sqlite3.Connection] = {}
-        try:
+        with _named_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._write(self._create)
-        except (OSError, sqlite3.DatabaseError) as error:
-            raise InputError(f"judge cache {self.path}: cannot be used ({error})") from None
+            _to_wal(self._connection())  # kept in the file; not before it is known to be ours
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, str]:
         """The stored values among `keys`."""
         found: dict[bytes, str] = {}
-        connection = self._connection()
-        for some in _chunks(keys, 500):
-            marks = ",".join("?" * len(some))
-            found |= dict(connection.execute(f"SELECT key, value FROM answers WHERE key IN ({marks})", some))
-        if found:
-            now = time.time()
-            self._write(
-                lambda c: c.executemany("UPDATE answers SET used = ? WHERE key = ?", [(now, key) for key in found])
-            )
+        with _named_errors(self.path):
+            connection = self._connection()
+            for some in _chunks(keys, 500):
+                marks = ",".join("?" * len(some))
+                found |= dict(connection.execute(f"SELECT key, value FROM answers WHERE key IN ({marks})", some))
+            if found:
+                used = [(time.time(), key) for key in found]
+                self._write(lambda c: c.executemany("UPDATE answers SET used = ? WHERE key = ?", used))
         return found
 
     def put(self, evaluator: str, values: dict[bytes, str]) -> None:
@@ -86,20 +85,21 @@ class JudgeCache:
             if self._used(connection) > self.max_bytes:
                 self._shrink(connection)
 
-        self._write(insert)
+        with _named_errors(self.path):
+            self._write(insert)
 
     def stats(self) -> CacheStats:
         """Counts and size."""
-        rows = self._connection().execute("SELECT evaluator, COUNT(*) FROM answers GROUP BY evaluator").fetchall()
-        counts = {str(name): int(n) for name, n in rows}
-        return CacheStats(sum(counts.values()), self.path.stat().st_size, counts)
+        with _named_errors(self.path):
+            return _stats(self._connection(), self.path)
 
     def clear(self) -> int:
         """Forget everything; returns how many answers there were."""
-        connection = self._connection()
-        n = int(connection.execute("SELECT COUNT(*) FROM answers").fetchone()[0])
-        self._write(lambda c: c.execute("DELETE FROM answers"))
-        connection.execute("VACUUM")
+        with _named_errors(self.path):
+            connection = self._connection()
+            n = int(connection.execute("SELECT COUNT(*) FROM answers").fetchone()[0])
+            self._write(lambda c: c.execute("DELETE FROM answers"))
+            connection.execute("VACUUM")
         return n
 
     def close(self) -> None:
@@ -110,8 +110,7 @@ class JudgeCache:
         self._connections.clear()
 
     def _create(self, connection: sqlite3.Connection) -> None:
-        if connection.execute("PRAGMA user_version").fetchone()[0] not in (0, _VERSION):
-            connection.execute("DROP TABLE IF EXISTS answers")
+        _check_ours(connection, self.path)
         for statement in _SCHEMA.split(";"):
             connection.execute(statement)
         connection.execute(f"PRAGMA user_version = {_VERSION}")
@@ -121,7 +120,6 @@ class JudgeCache:
         owner = (os.getpid(), threading.get_ident())
         if owner not in self._connections:
             connection = sqlite3.connect(self.path, timeout=_PATIENCE, isolation_level=None, check_same_thread=False)
-            _to_wal(connection)
             connection.execute("PRAGMA synchronous = NORMAL")  # a power cut may lose answers, never corrupt the file
             self._connections[owner] = connection
         return self._connections[owner]
@@ -132,7 +130,8 @@ class JudgeCache:
         try:
             work(connection)
         except BaseException:
-            connection.execute("ROLLBACK")
+            if connection.in_transaction:  # some errors of the file have ended it
+                connection.execute("ROLLBACK")
             raise
         connection.execute("COMMIT")
 
@@ -152,6 +151,47 @@ class JudgeCache:
                 "DELETE FROM answers WHERE key IN (SELECT key FROM answers ORDER BY used LIMIT ?)", (drop,)
             )
             count -= drop
+
+
+def read_stats(path: Path) -> CacheStats:
+    """Counts and size of a cache file, which is left as it is. `InputError` for a file that is no judge cache."""
+    # A file that no process has open is read without the lock files that SQLite would leave beside it.
+    alone = not path.with_name(f"{path.name}-wal").exists()
+    where = f"{path.absolute().as_uri()}?mode=ro{'&immutable=1' if alone else ''}"
+    with _named_errors(path), closing(sqlite3.connect(where, uri=True, timeout=_PATIENCE)) as connection:
+        return _stats(connection, path) if _check_ours(connection, path) else CacheStats(0, path.stat().st_size, {})
+
+
+def _stats(connection: sqlite3.Connection, path: Path) -> CacheStats:
+    rows = connection.execute("SELECT evaluator, COUNT(*) FROM answers GROUP BY evaluator").fetchall()
+    counts = {str(name): int(n) for name, n in rows}
+    return CacheStats(sum(counts.values()), path.stat().st_size, counts)
+
+
+def _check_ours(connection: sqlite3.Connection, path: Path) -> bool:
+    """Whether the file is a judge cache; False for an empty one. `InputError` for anything else: it is not ours to
+    change."""
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    columns = [row[1] for row in connection.execute("PRAGMA table_info(answers)")]
+    if not tables and version == 0:
+        return False
+    if (version, tables, columns) != (_VERSION, {"answers"}, ["key", "evaluator", "value", "used"]):
+        raise InputError(
+            f"judge cache {path}: this SQLite file holds something else; expected a judge cache of this version of "
+            "rlme, or a path where there is no file yet"
+        )
+    return True
+
+
+@contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, sqlite3.DatabaseError) as error:
+        raise InputError(
+            f"judge cache {path}: cannot be used ({error}); expected an intact cache, or no file"
+        ) from None
 
 
 def _to_wal(connection: sqlite3.Connection) -> None:
@@ -226,25 +266,27 @@ class CachedEvaluator:
         kind: str,
         ask: Callable[[Sequence[Request]], list[T]],
         dump: Callable[[T], str | None],
-        load: Callable[[str], T],
+        load: Callable[[str, Request], T | None],
     ) -> list[T]:
         keys = [_key(self.identity, kind, request) for request in requests]
         self._begun.difference_update(keys)
-        stored = self.cache.get(list(dict.fromkeys(keys)))
-        answers = {key: load(value) for key, value in stored.items()}
-        missing = {key: r for key, r in zip(keys, requests, strict=True) if key not in answers}
+        wanted = dict(zip(keys, requests, strict=True))
+        stored = self.cache.get(list(wanted))
+        loaded = {key: load(value, wanted[key]) for key, value in stored.items()}
+        answers = {key: answer for key, answer in loaded.items() if answer is not None}
+        missing = {key: request for key, request in wanted.items() if key not in answers}
         fresh = dict(zip(missing, ask(list(missing.values())), strict=True)) if missing else {}
         values = {key: dump(answer) for key, answer in fresh.items()}
         self.cache.put(self.identity, {key: value for key, value in values.items() if value is not None})
         self.hits += len(requests) - len(missing)
         self.misses += len(missing)
         # The first of several equal requests carries the cost, the others were free.
-        free = {key: load(value) for key, value in values.items() if value is not None}
         result: list[T] = []
         for key in keys:
             result.append(answers[key] if key in answers else fresh[key])
-            if key in free:
-                answers[key] = free[key]
+            value = values.get(key)
+            if value is not None and (free := load(value, wanted[key])) is not None:
+                answers[key] = free
         return result
 
 
@@ -283,17 +325,28 @@ def _dump_answer(answer: Answer) -> str | None:
     return json.dumps([answer.logprobs, answer.bounded])  # repr of a double: read back bit for bit
 
 
-def _load_answer(value: str) -> Answer:
-    logprobs, bounded = json.loads(value)
-    return Answer(tuple(logprobs), bounded=tuple(bounded))
+def _load_answer(value: str, request: Request) -> Answer | None:
+    """None for a value that no evaluator gave: the question is asked anew."""
+    try:
+        logprobs, bounded = json.loads(value)
+        answer = Answer(tuple(float(x) for x in logprobs), bounded=tuple(bool(x) for x in bounded))
+    except (ValueError, TypeError):
+        return None
+    given, expected = answer.logprobs or (), len(request.continuations)
+    whole = len(given) == expected and len(answer.bounded) in (0, expected)
+    return answer if whole and all(map(math.isfinite, given)) else None
 
 
 def _dump_text(text: str | Failure) -> str | None:
     return None if isinstance(text, Failure) else json.dumps(text)
 
 
-def _load_text(value: str) -> str | Failure:
-    return str(json.loads(value))
+def _load_text(value: str, _: Request) -> str | Failure | None:
+    try:
+        text = json.loads(value)
+    except (ValueError, TypeError):
+        return None
+    return text if isinstance(text, str) else None
 
 
 def _chunks(items: Sequence[bytes], size: int) -> Iterable[Sequence[bytes]]:

@@ -24,12 +24,14 @@ def lab(
     What is there already is not run again, and an interrupted run goes on. Tables are printed, plots lie in DIR/lab.md.
     """
     from rlme.commands import _console, _quiet
+    from rlme.result_files import check_writable
 
     _quiet()
     console = _console()
     if name == "build":
         from rlme.lab.build import build_models
 
+        check_writable(out / "lab" / "config.json")
         build_models(out, console)
     elif name == "gates":
         from rlme.lab.build import show_gates
@@ -38,6 +40,7 @@ def lab(
     elif name == "report":
         from rlme.lab.report import write_page
 
+        check_writable(docs / "lab.md")
         page = write_page(out, docs)
         console.print(f"Page: {page}", markup=False, highlight=False, soft_wrap=True)
     else:
@@ -45,6 +48,7 @@ def lab(
         from rlme.lab.run import find, run_experiments
 
         experiments = find(name)
+        check_writable(out / "lab.md")
         run_experiments(experiments, out, seeds=seeds, steps=steps, arms=arm or [], console=console)
         console.print(f"\n{summary(out, experiments)}", markup=False, highlight=False, soft_wrap=True)
         console.print(f"With plots: {write_page(out, out)}", markup=False, highlight=False, soft_wrap=True)

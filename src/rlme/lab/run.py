@@ -64,13 +64,16 @@ def run_experiments(
 
 
 def _run(config: Config, out: Path, console: Console) -> None:
-    """A run that ended is left alone; one that was interrupted goes on where its last checkpoint stands."""
+    """A run that ended is left alone, whatever its length: a night's work is not for us to delete. One that was
+    interrupted goes on where its last checkpoint stands."""
     from rlme.training.run import train
     from rlme.training.run_folder import RunFolder
 
     folder = RunFolder(config.folder)
     if folder.final.is_dir():
-        console.print(f"{config.folder}: there already", markup=False, highlight=False, soft_wrap=True)
+        ran, wanted = read_yaml(folder.config)["train"]["steps"], config.train.steps
+        other = "" if ran == wanted else f", with {ran} steps instead of {wanted}: delete it to have it run anew"
+        console.print(f"{config.folder}: there already{other}", markup=False, highlight=False, soft_wrap=True)
         return
     same = None if folder.config.is_file() else _same_run(config, out)
     if same is not None:

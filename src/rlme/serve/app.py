@@ -1,35 +1,37 @@
-"""The HTTP application: routes, limits, and the bearer token."""
+"""The HTTP application and its routes."""
 
 from __future__ import annotations
 
 import asyncio
 import re
-import secrets
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, HTTPException
-from fastapi.requests import Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from fastapi.responses import PlainTextResponse, Response
 
 from rlme import __version__
+from rlme.adapters.client import known
 from rlme.errors import InputError, RunStopped
+from rlme.evaluators.base import Evaluator
 from rlme.serve.batcher import Batcher, QueueFull, Row
+from rlme.serve.gate import Gate
 from rlme.serve.metrics import Metrics
 from rlme.serve.schema import Item, ItemReply, OpenRLHFReply, OpenRLHFRequest, ScoreReply, ScoreRequest
 
 MAX_BODY = 16 << 20
 """Bytes of a request's body."""
-_ENDINGS = re.compile(r"(?:\s*(?:<\|[^|<>]{1,40}\|>|</s>|<eos>|<end_of_turn>))+\s*$")
+_ENDINGS = re.compile(r"(?:\s*(?:<\|[^|<>]{1,40}\|>|<｜[^｜<>]{1,40}｜>|</s>|<eos>|<pad>|<turn\|>|<end_of_turn>))+\s*$")
+LAST = 1.0
+"""Seconds for the worker threads to end. By now every request is answered, so what still runs is of no use."""
 Score = Callable[[Sequence[Item]], list[Row]]
 
 
 def create_app(
     scorers: Sequence[Score],
     *,
+    evaluators: Sequence[Evaluator] = (),
     token: str | None = None,
     description: str = "",
     max_body: int = MAX_BODY,
@@ -38,9 +40,10 @@ def create_app(
 ) -> FastAPI:
     """The application over `scorers`, one per worker thread (see `batcher.scorer`).
 
+    `evaluators`: those of `scorers`; what they account for themselves is what /metrics counts as spent.
     `token`: required as `Authorization: Bearer ...` on every route but /health and the documentation.
     """
-    metrics = Metrics()
+    metrics = Metrics(evaluators)
 
     def on_batch(items: int, seconds: float) -> None:
         metrics.batch.observe(items)
@@ -51,15 +54,17 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(batcher.close)
+        await asyncio.to_thread(batcher.close, LAST)
 
     app = FastAPI(title="rlme reward server", version=__version__, description=description, lifespan=lifespan)
     app.state.batcher = batcher
     app.state.metrics = metrics
 
     async def judged(items: Sequence[Item]) -> list[Row]:
+        parts: list[asyncio.Future[list[Row]]] = []
         try:
-            rows = await asyncio.wrap_future(batcher.submit(items))
+            parts += map(asyncio.wrap_future, batcher.submit(items))
+            rows = [row for part in await asyncio.gather(*parts) for row in part]
         except QueueFull:
             message = f"{batcher.waiting} completions are waiting, {max_waiting} is the limit"
             raise HTTPException(503, message, headers={"Retry-After": "1"}) from None
@@ -67,6 +72,9 @@ def create_app(
             raise HTTPException(422, str(error)) from None
         except RunStopped as error:  # an evaluator's outage or cost cap; this server goes on
             raise HTTPException(503, str(error), headers={"Retry-After": "30"}) from None
+        finally:  # one part failed, or the client hung up: the rest need not be judged
+            for part in parts:
+                part.cancel()
         metrics.judged(rows)
         return rows
 
@@ -96,7 +104,8 @@ def create_app(
         rewards = [row["reward"] for row in rows]
         if any(reward is None for reward in rewards):
             kinds = sorted({j["failure"] for row in rows for j in row["judgements"] if j["failure"]})
-            raise HTTPException(503, f"no reward: {', '.join(kinds)}", headers={"Retry-After": "1"})
+            why = ", ".join(kinds) or "no known answer"
+            raise HTTPException(503, f"no reward: {why}", headers={"Retry-After": "1"})
         logs: dict[str, list[float]] = {}
         for row in rows:
             for j in row["judgements"]:
@@ -104,28 +113,8 @@ def create_app(
                     logs.setdefault(f"{j['evaluator']}/{j['question']}", []).append(j["probability"])
         return OpenRLHFReply(rewards=rewards, scores=rewards, extra_logs=logs)
 
-    @app.middleware("http")
-    async def watched(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        began = time.perf_counter()
-        open_ = request.url.path in ("/health", "/docs", "/openapi.json")
-        if token is not None and not open_ and not _authorised(request, token):
-            response: Response = JSONResponse(
-                {"detail": "a bearer token is required"}, 401, headers={"WWW-Authenticate": "Bearer"}
-            )
-        else:
-            response = await call_next(request)
-        if request.url.path in ("/score", "/openrlhf"):
-            metrics.requests.labels(str(response.status_code)).inc()
-            metrics.latency.observe(time.perf_counter() - began)
-        return response
-
-    app.add_middleware(BodyLimit, limit=max_body)
+    app.add_middleware(Gate, token=token, limit=max_body, answered=metrics.answered)
     return app
-
-
-def _authorised(request: Request, token: str) -> bool:
-    given = request.headers.get("authorization", "")
-    return secrets.compare_digest(given.encode(), f"Bearer {token}".encode())
 
 
 def _openrlhf_items(request: OpenRLHFRequest) -> list[Item]:
@@ -139,43 +128,5 @@ def _openrlhf_items(request: OpenRLHFRequest) -> list[Item]:
         if begin < 0:
             raise HTTPException(422, "a query does not contain its prompt, so the completion cannot be told from it")
         completion = _ENDINGS.sub("", query[begin + len(prompt) :])
-        items.append(Item(prompt=prompt, completion=completion, answer=None if label is None else str(label)))
+        items.append(Item(prompt=prompt, completion=completion, answer=known(label)))
     return items
-
-
-class BodyLimit:
-    """Refuses bodies over `limit` bytes with 413, whether or not their length was announced."""
-
-    def __init__(self, app: ASGIApp, *, limit: int) -> None:
-        self.app = app
-        self.limit = limit
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or refuse it."""
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        length = next((v for k, v in scope["headers"] if k == b"content-length"), b"0")
-        if length.isdigit() and int(length) > self.limit:
-            return await self._refuse(scope, receive, send)
-        # The routes read the whole body anyway; reading it here keeps their own errors apart from this one.
-        body, more = bytearray(), True
-        while more:
-            message = await receive()
-            if message["type"] != "http.request":
-                return None  # the client hung up
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            if len(body) > self.limit:
-                return await self._refuse(scope, receive, send)
-        whole: Message | None = {"type": "http.request", "body": bytes(body), "more_body": False}
-
-        async def replay() -> Message:
-            nonlocal whole
-            message, whole = whole, None
-            return message if message is not None else await receive()
-
-        return await self.app(scope, replay, send)
-
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        detail = f"the body is larger than {self.limit} bytes"
-        await JSONResponse({"detail": detail}, 413, headers={"Connection": "close"})(scope, receive, send)

@@ -6,12 +6,13 @@ load batches grow by themselves, and a lone request waits `LINGER` at most.
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from rlme.errors import InputError
@@ -48,8 +49,9 @@ class Batcher:
         self.waiting = 0
         """Items taken in and not yet answered."""
         self._on_batch = on_batch
-        self._jobs: queue.Queue[_Job | None] = queue.Queue()
-        self._lock = threading.Lock()
+        self._jobs: deque[_Job] = deque()
+        self._closed = False
+        self._changed = threading.Condition()
         self._threads = [
             threading.Thread(target=self._work, args=(score,), name=f"rlme-serve-{i}", daemon=True)
             for i, score in enumerate(scorers)
@@ -57,68 +59,73 @@ class Batcher:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, items: Sequence[Item]) -> Future[list[Row]]:
-        """One row per item, later. Raises `QueueFull`."""
-        with self._lock:
+    def submit(self, items: Sequence[Item]) -> list[Future[list[Row]]]:
+        """One row per item, later, in parts that fit a batch. A part that is cancelled before its turn is not judged.
+        Raises `QueueFull`."""
+        jobs = [_Job(items[i : i + self.max_batch]) for i in range(0, len(items), self.max_batch)]
+        with self._changed:
             if self.waiting and self.waiting + len(items) > self.max_waiting:
                 raise QueueFull
             self.waiting += len(items)
-        job = _Job(items)
-        job.result.add_done_callback(lambda _: self._leave(len(items)))
-        self._jobs.put(job)
-        return job.result
+            self._jobs += jobs
+            self._changed.notify_all()
+        for job in jobs:
+            job.result.add_done_callback(partial(self._leave, len(job.items)))
+        return [job.result for job in jobs]
 
-    def _leave(self, n: int) -> None:
-        with self._lock:
+    def _leave(self, n: int, _: Future[list[Row]]) -> None:
+        with self._changed:
             self.waiting -= n
 
-    def close(self) -> None:
-        """Finish what was taken in, then end the threads."""
-        for _ in self._threads:
-            self._jobs.put(None)
+    def close(self, limit: float | None = None) -> None:
+        """Finish what was taken in, then end the threads; who is not done after `limit` seconds is left behind."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        until = None if limit is None else time.monotonic() + limit
         for thread in self._threads:
-            thread.join()
+            thread.join(None if until is None else max(0.0, until - time.monotonic()))
 
     def _work(self, score: Callable[[Sequence[Item]], list[Row]]) -> None:
-        while (first := self._jobs.get()) is not None:
-            jobs, stop = self._gather(first)
-            self._judge(score, jobs)
-            if stop:
-                return
+        while (jobs := self._take()) is not None:
+            if jobs:
+                self._judge(score, jobs)
 
-    def _gather(self, first: _Job) -> tuple[list[_Job], bool]:
-        jobs, size, until = [first], len(first.items), time.monotonic() + LINGER
-        while size < self.max_batch:
-            try:
-                job = self._jobs.get(timeout=max(0.0, until - time.monotonic()))
-            except queue.Empty:
-                break
-            if job is None:
-                return jobs, True
-            jobs.append(job)
-            size += len(job.items)
-        return jobs, False
+    def _take(self) -> list[_Job] | None:
+        """The next batch; None at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._jobs or self._closed)
+            if not self._jobs:
+                return None
+            self._changed.wait_for(self._full, LINGER)
+            jobs: list[_Job] = []
+            room = self.max_batch
+            while self._jobs and len(self._jobs[0].items) <= room:
+                job = self._jobs.popleft()
+                if job.result.set_running_or_notify_cancel():  # a client that hung up meanwhile costs no judgement
+                    jobs.append(job)
+                    room -= len(job.items)
+            return jobs
+
+    def _full(self) -> bool:
+        return self._closed or sum(len(job.items) for job in self._jobs) >= self.max_batch
 
     def _judge(self, score: Callable[[Sequence[Item]], list[Row]], jobs: Sequence[_Job]) -> None:
-        # A client that hung up while waiting costs no judgement.
-        alive = [job for job in jobs if job.result.set_running_or_notify_cancel()]
-        if not alive:
-            return
         began = time.monotonic()
         try:
-            rows = score([item for job in alive for item in job.items])
+            rows = score([item for job in jobs for item in job.items])
         except Exception as error:
-            if len(alive) == 1:
-                alive[0].result.set_exception(error)
+            if len(jobs) == 1:
+                jobs[0].result.set_exception(error)
                 return
-            for job in alive:  # one request's mistake is not the others'
+            for job in jobs:  # one request's mistake is not the others'
                 try:
                     job.result.set_result(score(job.items))
                 except Exception as own:
                     job.result.set_exception(own)
             return
         at = 0
-        for job in alive:
+        for job in jobs:
             job.result.set_result(rows[at : at + len(job.items)])
             at += len(job.items)
         self._on_batch(at, time.monotonic() - began)

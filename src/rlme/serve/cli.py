@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import json
 import os
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from rlme.evaluators.cache import JudgeCache
 
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the file: section.key=value. Repeatable."),
 ]
 CacheFile = Annotated[Path, typer.Argument(help="The cache file.")]
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def serve(
@@ -39,8 +36,8 @@ def serve(
     from rlme.config_file import apply_overrides, read_yaml, validate
     from rlme.errors import InputError
 
-    token = os.environ.get(token_env) or None
-    if token is None and host not in LOOPBACK:
+    token = os.environ.get(token_env, "").strip() or None
+    if token is None and not _loopback(host):
         raise InputError(
             f"--host {host} can be reached from other machines, which needs a bearer token: put one into the "
             f"environment variable {token_env}"
@@ -65,6 +62,7 @@ def serve(
         workers = 4 if all(spec.endpoint for spec in checked.evaluators) else 1
         app = create_app(
             [scorer(make_reward(checked, evaluators)) for _ in range(workers)],
+            evaluators=evaluators,
             token=token,
             description="Questions: " + "; ".join(q.ask for q in checked.questions.values()),
             max_body=max_body_mb << 20,
@@ -72,10 +70,19 @@ def serve(
             max_waiting=max_waiting,
         )
         port = listening.getsockname()[1]
-        typer.echo(f"reward server on http://{host}:{port} (documentation: /docs; Ctrl-C ends it)")
+        shown = f"[{host}]" if ":" in host else host
+        typer.echo(f"reward server on http://{shown}:{port} (documentation: /docs; Ctrl-C ends it)")
         settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=grace)
         with contextlib.suppress(KeyboardInterrupt):
             uvicorn.Server(settings).run(sockets=[listening])
+
+
+def _loopback(host: str) -> bool:
+    """Whether only this machine reaches that address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -102,7 +109,9 @@ def cache_stats(
     from rlme.result_files import check_writable
 
     check_writable(table)
-    stats = _open(path).stats()
+    from rlme.evaluators.cache import read_stats
+
+    stats = read_stats(_existing(path))
     shown = Table(title=f"{stats.answers} answers, {stats.bytes / 1e6:.1f} MB", title_justify="left")
     shown.add_column("evaluator")
     shown.add_column("answers", justify="right")
@@ -116,13 +125,14 @@ def cache_stats(
 
 def cache_clear(path: CacheFile) -> None:
     """Forget every answer."""
-    typer.echo(f"{_open(path).clear()} answers forgotten")
-
-
-def _open(path: Path) -> JudgeCache:
-    from rlme.errors import InputError
     from rlme.evaluators.cache import JudgeCache
+
+    typer.echo(f"{JudgeCache(_existing(path)).clear()} answers forgotten")
+
+
+def _existing(path: Path) -> Path:
+    from rlme.errors import InputError
 
     if not path.is_file():
         raise InputError(f"{path}: no such file; the judge cache is a SQLite file written by earlier runs")
-    return JudgeCache(path)
+    return path

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+
+from rlme.adapters.client import known, plain_text
 
 MAX_ITEMS = 1024
 """Completions in one request."""
@@ -19,7 +21,8 @@ class ChatMessage(BaseModel):
     """One chat turn; keys other than these are ignored."""
 
     role: str
-    content: str
+    content: Annotated[str, BeforeValidator(plain_text)]
+    """A text; text parts (`{type: text, text: ...}`) are joined, and null (a turn of tool calls alone) is empty."""
 
 
 class Item(_Closed):
@@ -29,8 +32,9 @@ class Item(_Closed):
     """The prompt as text, or as chat messages."""
     completion: str
     """What the policy answered."""
-    answer: str | None = None
-    """The known answer: for rlvr rewards, for `correct` in the reply, and for an anchor; never shown otherwise."""
+    answer: Annotated[str | None, AfterValidator(known)] = None
+    """The known answer (an empty one is none): for rlvr rewards, for `correct` in the reply, and for an anchor; never
+    shown otherwise."""
     anchored: bool = False
     """Show the known answer to the evaluators."""
     columns: dict[str, Any] = {}
