@@ -12,10 +12,11 @@ from rich.console import Console
 from transformers import GraniteMoeConfig
 from typer.testing import CliRunner
 
-from rlme.align import run_models
-from rlme.align.checks import check_output
+from rlme.align import run_models, winrates
+from rlme.align.checks import check_output, locked
 from rlme.align.cli import align
 from rlme.align.config import AlignConfig
+from rlme.align.inputs import compare_inputs, judge_inputs
 from rlme.align.pipeline import Alignment
 from rlme.align.prompts import load_prompts
 from rlme.align.stage import Lines, Stage, fingerprint
@@ -24,7 +25,7 @@ from rlme.commands import recipe_files
 from rlme.config_file import read_yaml, validate
 from rlme.errors import InputError, RunStopped
 from rlme.models import load_tokenizer
-from tests.fake_judge import FakeJudge
+from tests.fake_judge import FakeJudge, text_of
 from tests.test_architectures import save
 
 app = typer.Typer()
@@ -144,6 +145,88 @@ def test_another_wording_of_an_own_protocol_is_judged_anew(finished, tmp_path):
     file.write_text("Which one is better?\n{{ output_a }}\n{{ output_b }}")
     _, said = run(copy)
     assert "judge: its inputs have changed, done anew" in said and "sample: done before, skipped" in said
+
+
+def test_what_changes_no_verdict_is_not_paid_for_again(finished, tmp_path, monkeypatch):
+    def inputs(judge: dict, compare: dict) -> list[str]:
+        config = tiny_config(tmp_path, tmp_path, judge=judge, compare=compare)
+        return [fingerprint(judge_inputs(config, [])), fingerprint(compare_inputs(config))]
+
+    def served(**keys: object) -> dict:
+        return {"evaluators": [{"endpoint": {"base_url": "http://a/v1", "model": "m", "prices": {"input": 1}} | keys}]}
+
+    free = {"base_url": "http://b/v1", "max_cost": 2, "deadline": 9, "concurrency": 1, "retries": 0, "outage": 1}
+    free |= {"api_key_env": "KEY", "prices": {"input": 2}, "requests_per_minute": 5, "tokens_per_minute": 5}
+    elsewhere = {"max_failure_rate": 1, "judging": {"cache": "x.sqlite", "cache_mb": 5, "mass_warning": 0}}
+    before = inputs(served(), served())
+    assert inputs(served(**free) | elsewhere, served(**free) | {"resamples": 5}) == before
+    for key, value in {"model": "n", "revision": "2", "api": "chat", "extra_body": {"a": 1}}.items():
+        assert not {*inputs(served(**{key: value}), served())} & {*before}
+        assert inputs(served(), served(**{key: value}))[1] != before[1]
+    assert not {*inputs(served() | {"judging": {"max_context_tokens": 99}}, served())} & {*before}
+    config, rows, _ = finished
+    monkeypatch.setattr(winrates, "play", None)
+    again, said = run(copy_of(config, tmp_path, compare=config.compare.model_copy(update={"resamples": 50})))
+    assert "compare: done before, skipped" in said
+    assert again[0]["soft"]["value"] == rows[0]["soft"]["value"]
+    assert json.loads((tmp_path / "copy/compare/results.json").read_text())["resamples"] == 50
+
+
+def test_other_data_in_a_question_is_judged_anew(tmp_path, tiny_policy_dir):
+    judge = {"questions": {"q": "Is it {{ rubric }}?"}}
+    config = tiny_config(tmp_path, tiny_policy_dir, sft=None, compare=None, judge=judge)
+    for columns, said_of_it in (
+        ({"rubric": "short", "note": 1}, ""),
+        ({"rubric": "short", "note": 2}, "judge: done before, skipped"),
+        ({"rubric": "long"}, "judge: its inputs have changed, done anew"),
+    ):
+        write_rows(tmp_path / "rows.jsonl", **columns)
+        said = run(config)[1]
+        assert said_of_it in said and ("sample: done before" in said) == bool(said_of_it)
+
+
+def test_a_second_run_at_the_same_time_is_kept_out(finished, tmp_path, monkeypatch):
+    copy = copy_of(finished[0], tmp_path)
+    with locked(copy.folder), pytest.raises(InputError, match="another rlme align is at work in it: wait for it, or"):
+        run(copy)
+    monkeypatch.setattr(Alignment, "_start", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(copy)
+    with locked(copy.folder):  # given back after an error
+        pass
+
+
+def test_failed_matches_are_named_and_asked_again(tmp_path, tiny_policy_dir, monkeypatch):
+    judge = FakeJudge(lambda o, i, r: len(o) / 10)
+    use_judge(monkeypatch, judge)
+    sections = {"sft": None, "sample": {"n": 3, "max_tokens": 8}, "output": str(tmp_path / "run")}
+    run(tiny_config(tmp_path, tiny_policy_dir, **sections, compare=None))
+    compare = {"resamples": 5, "temperature": 1.0}  # answers that differ
+    judge.fail_on = "Question"
+    with pytest.raises(RunStopped, match=r"compare: 2 of 2 matches have no score \(timeout x4\), more than judge.max"):
+        run(tiny_config(tmp_path, tiny_policy_dir, **sections, compare=compare))
+    judge.fail_on = "Question 7"
+    tolerant = tiny_config(tmp_path, tiny_policy_dir, **sections, compare=compare, judge={"max_failure_rate": 0.5})
+    rows, said = run(tolerant)
+    assert rows[0]["judged"] == 1 and "compare: matches 2, judged 1, failures (2 timeout)" in said
+    judge.fail_on = None
+    judge.requests.clear()
+    rows, said = run(tolerant)
+    assert rows[0]["judged"] == 2 and len(judge.requests) == 2
+    assert "compare: 2 calls for 1 matches of 2 models" in said and "dpo: done before, skipped" in said
+    assert "compare: done before, skipped" in run(tolerant)[1]
+
+
+def test_the_calls_of_the_comparison_are_counted_with_its_references(tmp_path, tiny_policy_dir, monkeypatch):
+    judge = FakeJudge(lambda o, i, r: len(o) / 10)
+    use_judge(monkeypatch, judge)
+    rows = [{"prompt": f"Question {i}?", "reference": ["one", "two", "three"][: i + 1]} for i in range(3)]
+    (tmp_path / "several.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"train": str(tmp_path / "several.jsonl"), "hold_out": 2}
+    sections = {"sft": None, "data": data, "compare": {"temperature": 1.0, "resamples": 0}}
+    said = run(tiny_config(tmp_path, tiny_policy_dir, **sections))[1]
+    assert "compare: 10 calls for 2 matches of 2 models on 2 prompts" in said  # 2 orders x (2 + 3) references
+    assert sum("Question 0" not in text_of(request.context) for request in judge.requests) == 10
 
 
 def test_an_interrupted_stage_continues_where_it_was(finished, tmp_path, monkeypatch):

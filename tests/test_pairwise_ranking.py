@@ -1,12 +1,13 @@
 """Ranking candidates by pairs, and choosing preference pairs."""
 
 from itertools import combinations
+from random import Random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlme.align.judge import PairwiseJudge
+from rlme.align.judge import Comparison, PairwiseJudge
 from rlme.align.pairs import Pair, choose, require_pairs
 from rlme.align.protocols import PROTOCOLS
 from rlme.align.ranking import Candidates, Ranking, calls_needed, instruction_text, rank
@@ -50,8 +51,6 @@ def test_scores_are_means_of_soft_wins_over_all_ordered_pairs():
     judge = PairwiseJudge([FakeJudge(bias=0.7)], PROTOCOLS["refeval"])
     wins = {i: [] for i in range(4)}
     for i, j in combinations(range(4), 2):
-        from rlme.align.judge import Comparison
-
         score = judge.judge([Comparison("Count.", group[i], group[j], (WORDS,))])[0].score
         wins[i].append(score)
         wins[j].append(1 - score)
@@ -129,6 +128,20 @@ def test_a_tie_has_no_best():
     found = ranked(FakeJudge(lambda o, i, r: 0.0, bias=1.0), texts(3))
     assert found.scores == pytest.approx((0.5, 0.5, 0.5))
     assert found.best is None or found.margin < 1e-12
+
+
+@pytest.mark.parametrize("schedule", ["ordered", "tournament"])
+def test_rounding_decides_no_tie(schedule):
+    """Judges that only go by position: the mean of both orders is one half, but for rounding."""
+    for seed in range(40):
+        draw = Random(seed)
+        judges = [FakeJudge(lambda o, i, r: 0.0, bias=draw.uniform(-2, 2), name=f"{k}") for k in range(3)]
+        judge = PairwiseJudge(judges, PROTOCOLS["base"], weights=[0.2, 0.3, 0.5])
+        assert judge.judge([Comparison("Count.", "x", "y")])[0].score == 0.5
+        found = rank([Candidates("Count.", texts(5), (), "0")], judge, schedule, seed=seed)[0]
+        assert found.best is None and choose(texts(5), found, lengths=[1] * 5, max_tokens=9) == "tie"
+    scores = Ranking((0.5 + 1e-12, 0.5, 0.5), 0, 2)
+    assert choose(texts(3), scores, lengths=[1] * 3, max_tokens=9) == "tie"
 
 
 def test_random_orders_are_fixed_by_the_seed_and_differ_between_prompts():

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 from typing import Any
 
 from rlme.align.config import AlignConfig, JudgeStage
+from rlme.align.judge import Comparison
 from rlme.align.judging import Group, compare_judge, make_scorer
 from rlme.align.prompts import AlignPrompt
-from rlme.align.ranking import instruction_text
 from rlme.align.run_models import RunModels
-from rlme.align.winrates import play
+from rlme.align.winrates import comparisons
 from rlme.evaluators.base import Evaluator
 from rlme.evaluators.endpoint_wire import Usage
 from rlme.evaluators.rehearsal import WORD, spread
@@ -38,9 +39,9 @@ def whole_run(
     if compare is not None and held_out:
         answer = WORD * (compare.max_tokens or sample.max_tokens)
         answers = [{name: f"{k}{answer}" for k, name in enumerate(names)}] * len(held_out)
-        found += of_comparing(
-            config, models.endpoints(compare.evaluators or config.judge.evaluators), held_out, answers
-        )
+        jobs = [(i, a, b) for i in range(len(held_out)) for a, b in combinations(names, 2)]
+        judges = models.endpoints(compare.evaluators or config.judge.evaluators)
+        found += of_comparing(config, judges, held_out, comparisons(jobs, answers, held_out))
     total: dict[int, tuple[Any, Usage]] = {}
     for evaluator, usage in found:
         before = total.get(id(evaluator), (evaluator, Usage()))[1]
@@ -64,19 +65,14 @@ def of_judging(stage: JudgeStage, evaluators: Sequence[Evaluator], groups: Seque
 
 
 def of_comparing(
-    config: AlignConfig,
-    evaluators: Sequence[Evaluator],
-    prompts: Sequence[AlignPrompt],
-    answers: Sequence[dict[str, str]],
+    config: AlignConfig, evaluators: Sequence[Evaluator], prompts: Sequence[AlignPrompt], asked: Sequence[Comparison]
 ) -> Expected:
-    """Comparing the models' answers to these prompts, all pairs in both orders."""
-    few = spread(len(prompts))
-    names = list(answers[0]) if answers else []
+    """These comparisons of the models' answers to `prompts`, in both orders: a few of them stand for all."""
+    few = [asked[i] for i in spread(len(asked))]
 
     def ask(stand_in: Evaluator) -> float:
         judge = compare_judge(config, [stand_in], prompts, weights=[1.0])
-        instructions = [instruction_text(prompts[i].prompt) for i in few]
-        play(names[:2], [answers[i] for i in few], instructions, [prompts[i].references for i in few], judge)
-        return len(prompts) / len(few) * len(names) * (len(names) - 1) / 2
+        judge.judge(few)
+        return judge.calls(asked) / judge.calls(few)
 
-    return rehearsed(evaluators, ask) if few and len(names) > 1 else []
+    return rehearsed(evaluators, ask) if few else []

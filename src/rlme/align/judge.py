@@ -26,6 +26,8 @@ from rlme.questions import log_sum_exp
 from rlme.templating import render
 
 Orders = Literal["both", "given"]
+TIE = 1e-9
+"""Scores that are nearer to each other are equal: rounding, which depends on the order of a sum, decides nothing."""
 CUT_MARK = " [...]"
 SHORTEST_TEXT = 80
 """Characters to which an output may be shortened before the comparison is refused instead."""
@@ -88,9 +90,7 @@ class Verdict:
         """
         if self.orders == "given":
             return self.given
-        if self.given is None or self.swapped is None:
-            return None
-        return (self.given + self.swapped) / 2
+        return mean_of_orders(self.given, self.swapped)
 
     @property
     def failures(self) -> Counter[str]:
@@ -104,10 +104,18 @@ class Verdict:
 
 
 def choice(p_first: float | None) -> int | None:
-    """1 or 2, the output that a probability prefers; 0 for an exact tie; None for a missing one."""
+    """1 or 2, the output that a probability prefers; 0 for a tie; None for a missing one."""
     if p_first is None:
         return None
-    return 0 if p_first == 0.5 else 1 if p_first > 0.5 else 2
+    return 0 if abs(p_first - 0.5) < TIE else 1 if p_first > 0.5 else 2
+
+
+def mean_of_orders(given: float | None, swapped: float | None) -> float | None:
+    """Of both presentation orders, exactly one half for a tie; None if one is missing."""
+    if given is None or swapped is None:
+        return None
+    mean = (given + swapped) / 2
+    return mean if choice(mean) else 0.5
 
 
 class PairwiseJudge:

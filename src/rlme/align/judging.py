@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Protocol as Interface
 
 from rlme.align.config import AlignConfig, JudgeStage
-from rlme.align.judge import PairwiseJudge
+from rlme.align.judge import TIE, PairwiseJudge
 from rlme.align.label_mass import LabelMass
 from rlme.align.prompts import AlignPrompt
 from rlme.align.protocols import Protocol, load_protocol
 from rlme.align.ranking import Candidates, Ranking, calls_needed, instruction_text, rank
 from rlme.config import evaluator_weights
+from rlme.errors import RunStopped
 from rlme.evaluators.base import Evaluator
 from rlme.evaluators.build import make_judging, make_questions
 from rlme.judging import Sample, judge
@@ -69,6 +70,16 @@ def compare_judge(
         too_long=stage.too_long,
         critique_tokens=stage.critique_tokens,
     )
+
+
+def require_judged(where: str, what: str, missing: int, asked: int, failures: Counter[str], limit: float) -> None:
+    """RunStopped if a larger share than `limit` of what was asked has not been judged."""
+    if asked and missing / asked > limit:
+        kinds = ", ".join(f"{kind} x{n}" for kind, n in failures.most_common())
+        raise RunStopped(
+            f"{where}: {missing} of {asked} {what} have no score ({kinds}), more than judge.max_failure_rate "
+            f"{limit:g} allows. The scores that came are kept: mend the judge and run again."
+        )
 
 
 class PairScorer:
@@ -133,7 +144,7 @@ class QuestionScorer:
             known = {i: s for i, s in enumerate(scores) if s is not None}
             best = max(known, key=lambda i: known[i]) if known else None
             worst = min(known, key=lambda i: known[i]) if known else None
-            if best is None or worst is None or known[best] == known[worst]:
+            if best is None or worst is None or known[best] - known[worst] < TIE:
                 best = worst = None
             masses = [j.mass for row in found for j in row if j.mass is not None]
             failures = Counter(j.failure.value for row in found for j in row if j.failure is not None)

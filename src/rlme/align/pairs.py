@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlme.align.judge import TIE
 from rlme.align.ranking import Ranking
 from rlme.errors import InputError
 
@@ -39,7 +40,7 @@ def choose(
     """(index of the chosen, index of the rejected candidate), or the reason for no pair.
 
     Candidates whose `lengths` (prompt and answer in tokens) exceed `max_tokens` are left out first, as training could
-    not see them whole; in a tournament that leaves no pair if it hits the best or the worst.
+    not see them whole; if that hits the best or the worst, the scores of the others decide (in a tournament too).
     """
     if len(texts) < 2:
         return "one candidate"
@@ -59,7 +60,7 @@ def choose(
         worst, best = order[0], order[-1]
     high, low = ranking.scores[best], ranking.scores[worst]
     assert high is not None and low is not None
-    if high == low or texts[best] == texts[worst]:
+    if abs(high - low) < TIE or texts[best] == texts[worst]:
         return "tie"
     return (best, worst) if high - low >= min_margin else "margin too small"
 

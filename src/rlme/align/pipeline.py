@@ -18,26 +18,27 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import combinations, groupby
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rlme.align import costs, train, winrates
-from rlme.align.checks import check_ahead, check_output
-from rlme.align.config import AlignConfig, CompareStage
-from rlme.align.judging import Group, compare_judge, make_scorer
-from rlme.align.label_mass import LabelMass
+from rlme.align.checks import check_ahead, check_output, locked
+from rlme.align.config import AlignConfig
+from rlme.align.inputs import compare_inputs, judge_inputs
+from rlme.align.judging import Group, compare_judge, compare_protocol, make_scorer, require_judged
 from rlme.align.pairs import Pair, choose, require_pairs
 from rlme.align.prompts import encode_whole, load_prompts
 from rlme.align.protocols import load_protocol
-from rlme.align.ranking import Ranking, instruction_text
+from rlme.align.ranking import Ranking
 from rlme.align.run_models import RunModels
 from rlme.align.stage import Lines, Stage, fingerprint, source_fingerprint
+from rlme.align.words import Words
 from rlme.config import EvaluatorConfig, evaluator_weights
-from rlme.errors import InputError, RunStopped
+from rlme.errors import InputError
 from rlme.evaluators.base import Evaluator
-from rlme.evaluators.spending import Ledger, estimates
+from rlme.evaluators.spending import Ledger
 from rlme.models import load_tokenizer
 from rlme.training.run_folder import RunFolder
 
@@ -50,7 +51,7 @@ class Alignment:
 
     def __init__(self, config: AlignConfig, console: Console) -> None:
         self.config = config
-        self.console = console
+        self.words = Words(console)
         self.folder = config.folder
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise InputError("rlme align runs in one process: start it without accelerate launch or torchrun.")
@@ -64,13 +65,11 @@ class Alignment:
         prompts = load_prompts(config, self.tokenizer)
         self.train, self.held_out = prompts.train, prompts.held_out
         for note in prompts.notes:
-            self._say(note)
+            self.words.say(note)
         if config.compare is not None and not self.held_out:
-            self._say("no comparison in the end: give data.eval, or hold prompts out with data.hold_out")
+            self.words.say("no comparison in the end: give data.eval, or hold prompts out with data.hold_out")
         self.models = RunModels(config, self.tokenizer)
         check_ahead(config, self.models, prompts)
-        self.warned: set[tuple[str, str]] = set()
-        self.ledger = Ledger(self.folder / "spent.json")
 
     def run(self) -> list[dict[str, Any]]:
         """All stages; finished ones are skipped."""
@@ -78,18 +77,20 @@ class Alignment:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"output is {str(self.folder)!r}, which cannot be made: {error.strerror}") from None
-        RunFolder(self.folder).write_config(self.config.model_dump(mode="json"))
-        try:
-            return self._stages()
-        finally:
-            self.ledger.save()
+        with locked(self.folder):
+            RunFolder(self.folder).write_config(self.config.model_dump(mode="json"))
+            self.ledger = Ledger(self.folder / "spent.json")
+            try:
+                return self._stages()
+            finally:
+                self.ledger.save()
 
     def _stages(self) -> list[dict[str, Any]]:
         config = self.config
         if not any(self.folder.glob("**/stage.json")):
             planned = [*config.own_models, *(config.compare.also if config.compare else ())]
             expected = costs.whole_run(config, self.models, planned, self.train, self.held_out)
-            self._estimate(expected, "at most", "in the whole run", costs.LONGEST)
+            self.words.estimate(expected, "at most", "in the whole run", costs.LONGEST)
         policy, state = self._start()
         names = {"base": config.model.path}
         if config.sft is not None:
@@ -116,7 +117,7 @@ class Alignment:
         assert config.sft is not None
         stage = Stage(self.folder / "sft", fingerprint(before, config.sft.model_dump()))
         model = str(stage.folder / "model")
-        if self._skip(stage, "sft"):
+        if self.words.skip(stage, "sft"):
             return model, stage.inputs
         examples, too_long = [], 0
         for prompt in self.train:
@@ -131,10 +132,10 @@ class Alignment:
             raise InputError(
                 f"sft: every prompt with its reference is longer than sft.max_tokens {config.sft.max_tokens}."
             )
-        self._say(f"sft: {len(examples)} references" + (f", {too_long} too long and left out" if too_long else ""))
+        self.words.say(f"sft: {len(examples)} references" + (f", {too_long} too long and left out" if too_long else ""))
         stage.begin()
         summary = train.sft(config, self.models.trainable(config.model.path), self.tokenizer, examples, stage.folder)
-        self._finish(stage, "sft", summary | {"examples": len(examples), "too_long": too_long})
+        self.words.finish(stage, "sft", summary | {"examples": len(examples), "too_long": too_long})
         return model, stage.inputs
 
     def _round(self, number: int, policy: str, before: str, first: str) -> tuple[str, str]:
@@ -142,41 +143,33 @@ class Alignment:
         config = self.config
         where = f"round {number}, " if config.rounds > 1 else ""
         sampling = Stage(folder / "sample", fingerprint(before, number, config.sample.model_dump()))
-        if not self._skip(sampling, f"{where}sample"):
+        if not self.words.skip(sampling, f"{where}sample"):
             self._sample(sampling, policy, number, where)
-        judging = Stage(folder / "judge", fingerprint(sampling.inputs, self._judged_with()))
-        if not self._skip(judging, f"{where}judge"):
+        judging = Stage(folder / "judge", fingerprint(sampling.inputs, judge_inputs(config, self.train)))
+        if not self.words.skip(judging, f"{where}judge"):
             self._judge(judging, sampling, policy, first, number, where)
         chosen = [config.pairs.model_dump(), config.dpo.max_tokens]
         pairing = Stage(folder / "pairs", fingerprint(judging.inputs, chosen))
-        if not self._skip(pairing, f"{where}pairs"):
+        if not self.words.skip(pairing, f"{where}pairs"):
             self._pairs(pairing, judging, sampling, where)
         training = Stage(folder / "dpo", fingerprint(pairing.inputs, config.dpo.model_dump()))
-        if not self._skip(training, f"{where}dpo"):
+        if not self.words.skip(training, f"{where}dpo"):
             pairs = [
                 Pair(**{k: row[k] for k in Pair.__slots__}) for row in Lines(pairing.folder / "pairs.jsonl").read()
             ]
             training.begin()
             summary = train.dpo(config, self.models.trainable(policy), self.tokenizer, pairs, training.folder)
-            self._finish(training, f"{where}dpo", summary | {"pairs": len(pairs)})
+            self.words.finish(training, f"{where}dpo", summary | {"pairs": len(pairs)})
         return str(training.folder / "model"), training.inputs
-
-    def _judged_with(self, compare: CompareStage | None = None) -> list[Any]:
-        """What the verdicts depend on beside the texts: settings, the protocol's wording, the judges' weights."""
-        config = self.config.judge
-        evaluators = compare.evaluators if compare is not None and compare.evaluators else config.evaluators
-        name = compare.protocol if compare is not None and compare.protocol else config.protocol
-        weights = [source_fingerprint(e.model, e.revision) for e in evaluators if e.model is not None]
-        return [config.model_dump(mode="json"), asdict(load_protocol(name)), weights]
 
     def _sample(self, stage: Stage, policy: str, number: int, where: str) -> None:
         config = self.config.sample
         stage.begin()
         lines = Lines(stage.folder / "answers.jsonl")
         total = len(self.train)
-        self._say(f"{where}sample: {total} prompts x {config.n} answers")
+        self.words.say(f"{where}sample: {total} prompts x {config.n} answers")
         start = lines.resume(config.prompts_at_once)
-        with self._bar(f"{where}sample", total, start) as advance:
+        with self.words.bar(f"{where}sample", total, start) as advance:
             for begin in range(start, total, config.prompts_at_once):
                 chunk = self.train[begin : begin + config.prompts_at_once]
                 seed = int(fingerprint(self.config.seed, number, begin)[:8], 16)
@@ -193,14 +186,14 @@ class Alignment:
             "mean_chars": sum(map(len, texts)) / len(texts),
             "distinct": sum(len(set(row["answers"])) for row in rows) / len(texts),
         }
-        self._finish(stage, f"{where}sample", info)
+        self.words.finish(stage, f"{where}sample", info)
 
     def _judge(self, stage: Stage, sampling: Stage, policy: str, first: str, number: int, where: str) -> None:
         evaluators = self._judges(self.config.judge.evaluators, policy, first)
         scorer = make_scorer(self.config.judge, evaluators)
         answers = Lines(sampling.folder / "answers.jsonl").read()
         groups: list[Group] = [(self.train[row["index"]], row["answers"]) for row in answers]
-        self._say(f"{where}judge: {scorer.calls(groups)} calls for {len(groups)} prompts")
+        self.words.say(f"{where}judge: {scorer.calls(groups)} calls for {len(groups)} prompts")
         stage.begin()
         lines = Lines(stage.folder / "scores.jsonl")
         # After an interruption: what is there stays, except where a judgement failed, which is asked again.
@@ -208,19 +201,19 @@ class Alignment:
         lines.rewrite(list(kept.values()))
         left = [i for i in range(len(groups)) if i not in kept]
         expected = costs.of_judging(self.config.judge, evaluators, [groups[i] for i in left])
-        self._estimate(expected, "about", "in this stage", "nothing cached, no retries")
-        with self._bar(f"{where}judge", len(groups), len(kept)) as advance:
+        self.words.estimate(expected, "about", "in this stage", "nothing cached, no retries")
+        with self.words.bar(f"{where}judge", len(groups), len(kept)) as advance:
             for begin in range(0, len(left), JUDGED_AT_ONCE):
                 chunk = left[begin : begin + JUDGED_AT_ONCE]
                 rankings = scorer.rank([groups[i] for i in chunk], seed=self.config.seed * 1000 + number)
                 lines.append([{"index": i} | asdict(r) for i, r in zip(chunk, rankings, strict=True)])
-                self._warn(scorer.label_mass)
+                self.words.warn(scorer.label_mass, self.config.judge.judging.mass_warning)
                 self.ledger.save()
                 advance(len(chunk))
         rows = sorted(lines.read(), key=lambda row: int(row["index"]))
         info = self._judged(rows, answers)
         lines.rewrite(rows)
-        self._finish(stage, f"{where}judge", info)
+        self.words.finish(stage, f"{where}judge", info)
 
     def _judged(self, rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
         failures: Counter[str] = Counter()
@@ -231,12 +224,7 @@ class Alignment:
                 judged += len(row["scores"])
                 missing += sum(score is None for score in row["scores"])
         limit = self.config.judge.max_failure_rate
-        if judged and missing / judged > limit:
-            kinds = ", ".join(f"{kind} x{n}" for kind, n in failures.most_common())
-            raise RunStopped(
-                f"judge: {missing} of {judged} candidates have no score ({kinds}), more than "
-                f"judge.max_failure_rate {limit:g} allows. The scores that came are kept: mend the judge and run again."
-            )
+        require_judged("judge", "candidates", missing, judged, failures, limit)
         masses = [row["mass"] for row in rows if row["mass"] is not None]
         return {
             "calls": sum(row["readings"] for row in rows),
@@ -282,7 +270,7 @@ class Alignment:
             "chosen_chars": sum(len(p.chosen) for p in pairs) / len(pairs),
             "rejected_chars": sum(len(p.rejected) for p in pairs) / len(pairs),
         }
-        self._finish(stage, f"{where}pairs", info)
+        self.words.finish(stage, f"{where}pairs", info)
 
     def _compare(self, models: dict[str, str], before: str, first: str) -> list[dict[str, Any]]:
         config, compare = self.config, self.config.compare
@@ -291,46 +279,73 @@ class Alignment:
         data = [(p.prompt, p.references) for p in self.held_out]
         how = [compare.temperature, compare.max_tokens, config.sample.max_tokens, config.sample.top_p, list(models)]
         answering = Stage(self.folder / "answers", fingerprint(before, also, data, how))
-        if not self._skip(answering, "answers"):
+        if not self.words.skip(answering, "answers"):
             self._answers(answering, models)
-        settings = [compare.model_dump(mode="json"), self._judged_with(compare)]
-        stage = Stage(self.folder / "compare", fingerprint(answering.inputs, settings))
-        if self._skip(stage, "compare"):
-            found = json.loads((stage.folder / "results.json").read_text(encoding="utf-8"))
-            return list(found["win_rates"])
+        stage = Stage(self.folder / "compare", fingerprint(answering.inputs, compare_inputs(config)))
+        done = self.words.skip(stage, "compare")
+        if not done:
+            self._matches(stage, answering, list(models), first)
+        return self._win_rates(stage, models, known=done)
+
+    def _matches(self, stage: Stage, answering: Stage, names: list[str], first: str) -> None:
+        """Every two models on every prompt. The stage is not done while a match has failed: the next run asks again."""
+        config, compare = self.config, self.config.compare
+        assert compare is not None
         stage.begin()
-        names = list(models)
         by_model = [[row["answer"] for row in _answer_lines(answering, name).read()] for name in names]
         answers = [dict(zip(names, texts, strict=True)) for texts in zip(*by_model, strict=True)]
         specs = compare.evaluators or config.judge.evaluators
         evaluators = self._judges(specs, first, first)
         judge = compare_judge(config, evaluators, self.held_out, weights=evaluator_weights(specs))
-        total = len(self.held_out)
-        needed = len(names) * (len(names) - 1) * total * len(specs)
-        self._say(f"compare: up to {needed} calls for {total} prompts and {len(names)} models")
+        jobs = [(i, a, b) for i in range(len(answers)) for a, b in combinations(names, 2)]
         lines = Lines(stage.folder / "matches.jsonl")
-        start = lines.resume(len(names) * (len(names) - 1) // 2) // (len(names) * (len(names) - 1) // 2)
-        expected = costs.of_comparing(config, evaluators, self.held_out[start:], answers[start:])
-        self._estimate(expected, "about", "in this stage", "nothing cached, no retries")
-        with self._bar("compare", total, start) as advance:
-            for i in range(start, total):
-                prompt = self.held_out[i]
-                instruction = instruction_text(prompt.prompt)
-                matches = winrates.play(names, [answers[i]], [instruction], [prompt.references], judge, i)
-                lines.append([asdict(match) for match in matches])
-                self._warn(judge.label_mass)
+        kept = {(row["prompt"], row["a"], row["b"]): row for row in lines.read() if not row["failures"]}
+        lines.rewrite(list(kept.values()))
+        left = [job for job in jobs if job not in kept]
+        asked = winrates.comparisons(left, answers, self.held_out)
+        self.words.say(
+            f"compare: {judge.calls(asked)} calls for {len(left)} matches of {len(names)} models "
+            f"on {len(answers)} prompts"
+        )
+        expected = costs.of_comparing(config, evaluators, self.held_out, asked)
+        self.words.estimate(expected, "about", "in this stage", "nothing cached, no retries")
+        with self.words.bar("compare", len(jobs), len(kept)) as advance:
+            for _, group in groupby(left, key=lambda job: job[0]):
+                played = winrates.play(chunk := list(group), answers, self.held_out, judge)
+                lines.append([asdict(match) for match in played])
+                self.words.warn(judge.label_mass, config.judge.judging.mass_warning)
                 self.ledger.save()
-                advance(1)
-        matches = [winrates.Match(**(row | {"lengths": tuple(row["lengths"])})) for row in lines.read()]
-        rows = winrates.table(matches, names, resamples=compare.resamples, seed=config.seed)
+                advance(len(chunk))
+        found = {(row["prompt"], row["a"], row["b"]): row for row in lines.read()}
+        lines.rewrite([found[job] for job in jobs])
+        failures: Counter[str] = Counter()
+        for row in found.values():
+            failures.update(row["failures"])
+        failed = sum(bool(row["failures"]) for row in found.values())
+        contested = len(winrates.comparisons(jobs, answers, self.held_out))
+        require_judged("compare", "matches", failed, contested, failures, config.judge.max_failure_rate)
+        info = {"matches": len(jobs), "judged": len(jobs) - failed, "failures": dict(failures)}
+        self.words.finish(stage, "compare", info, done=not failed)
+
+    def _win_rates(self, stage: Stage, models: dict[str, str], *, known: bool) -> list[dict[str, Any]]:
+        """The table of the matches, read from disk if it is `known` and nothing that stands in it has changed."""
+        config, compare = self.config, self.config.compare
+        assert compare is not None
         first_model = "the starting model" if config.sft is None else "the model after sft"
-        judges = [first_model if e.name in ("live", "frozen") else e.name for e in judge.evaluators]
-        judged = f"{', '.join(judges)} with protocol {judge.protocol.name}"
-        result = {"win_rates": rows, "models": models, "judged_by": judged, "seed": config.seed}
-        (stage.folder / "results.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        (stage.folder / "report.md").write_text(winrates.markdown(rows, judged), encoding="utf-8")
-        self._finish(stage, "compare", {"matches": len(matches), "judged": sum(m.p is not None for m in matches)})
-        return rows
+        labels = [spec.label for spec in compare.evaluators or config.judge.evaluators]
+        judges = ", ".join(first_model if label in ("live", "frozen") else label for label in labels)
+        judged = f"{judges} with protocol {compare_protocol(config, self.held_out).name}"
+        about = {"models": models, "judged_by": judged, "seed": config.seed, "resamples": compare.resamples}
+        file = stage.folder / "results.json"
+        result = json.loads(file.read_text(encoding="utf-8")) if known and file.is_file() else {}
+        if result | about != result:
+            rows = Lines(stage.folder / "matches.jsonl").read()
+            matches = [winrates.Match(**(row | {"lengths": tuple(row["lengths"])})) for row in rows]
+            table = winrates.table(matches, list(models), resamples=compare.resamples, seed=config.seed)
+            result = {"win_rates": table} | about
+            file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            (stage.folder / "report.md").write_text(winrates.markdown(table, judged), encoding="utf-8")
+        return list(result["win_rates"])
 
     def _answers(self, stage: Stage, models: dict[str, str]) -> None:
         """Every model's answers to the held-out prompts."""
@@ -342,7 +357,7 @@ class Alignment:
         for name, path in models.items():
             lines = _answer_lines(stage, name)
             start = lines.resume(at_once)
-            with self._bar(f"answers: {name}", len(self.held_out), start) as advance:
+            with self.words.bar(f"answers: {name}", len(self.held_out), start) as advance:
                 for begin in range(start, len(self.held_out), at_once):
                     chunk = self.held_out[begin : begin + at_once]
                     seed = int(fingerprint(self.config.seed, "compare", begin)[:8], 16)
@@ -351,67 +366,13 @@ class Alignment:
                     advance(len(chunk))
             written = [row["answer"] for row in lines.read()]
             chars[name] = sum(map(len, written)) / len(written)
-        self._finish(stage, "answers", {"prompts": len(self.held_out), "mean_chars": chars})
+        self.words.finish(stage, "answers", {"prompts": len(self.held_out), "mean_chars": chars})
 
     def _judges(self, specs: Sequence[EvaluatorConfig], live: str, frozen: str) -> list[Evaluator]:
         evaluators = self.models.evaluators(specs, live, frozen)
         self.ledger.adopt(evaluators)
         return evaluators
 
-    # words
-
-    def _estimate(self, expected: costs.Expected, how: str, where: str, why: str) -> None:
-        for text, style in estimates(expected, how=how, where=where, why=why):
-            self.console.print(text, style=style, markup=False, highlight=False)
-
-    def _skip(self, stage: Stage, title: str) -> bool:
-        if stage.done:
-            self._say(f"{title}: done before, skipped")
-        elif stage.stale:
-            self._say(f"{title}: its inputs have changed, done anew")
-        return stage.done
-
-    def _finish(self, stage: Stage, title: str, info: dict[str, Any]) -> None:
-        stage.finish(info)
-        shown = ", ".join(f"{k.replace('_', ' ')} {_short(v)}" for k, v in info.items() if v not in (None, {}, []))
-        self._say(f"{title}: {shown}")
-
-    def _warn(self, found: LabelMass) -> None:
-        for key, text in found.warnings(self.config.judge.judging.mass_warning).items():
-            if key not in self.warned:
-                self.warned.add(key)
-                self.console.print(text, style="yellow", markup=False, highlight=False)
-
-    def _say(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False)
-
-    def _bar(self, title: str, total: int, start: int) -> _Bar:
-        return _Bar(self.console, title, total, start)
-
-
-class _Bar:
-    """A progress bar with the time left, as a context that gives its advance function."""
-
-    def __init__(self, console: Console, title: str, total: int, start: int) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        self.progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True)
-        self.task = self.progress.add_task(title, total=total, completed=start)
-
-    def __enter__(self) -> Any:
-        self.progress.start()
-        return lambda n: self.progress.advance(self.task, n)
-
-    def __exit__(self, *error: object) -> None:
-        self.progress.stop()
-
 
 def _answer_lines(stage: Stage, name: str) -> Lines:
     return Lines(stage.folder / f"{name}.jsonl")
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    if isinstance(value, dict):
-        return "(" + ", ".join(f"{_short(v)} {k}" for k, v in value.items()) + ")"
-    return str(value)

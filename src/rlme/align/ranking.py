@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Literal
 
-from rlme.align.judge import Comparison, Orders, PairwiseJudge, Verdict
+from rlme.align.judge import TIE, Comparison, Orders, PairwiseJudge, Verdict, choice
 from rlme.judgement import Message
 
 Schedule = Literal["ordered", "unordered", "tournament"]
@@ -143,7 +143,7 @@ class _Table:
         if not knockout and scores:
             best = max(scores, key=lambda i: scores[i])
             worst = min(scores, key=lambda i: scores[i])
-            if scores[best] == scores[worst]:
+            if scores[best] - scores[worst] < TIE:
                 best = worst = None
         elif best is not None and (best == worst or best not in scores or worst not in scores):
             best = worst = None
@@ -211,6 +211,6 @@ def _after(table: _Table, order: Sequence[int], *, up: bool) -> list[int]:
     going: list[int] = []
     for i, j in _matches(order):
         score = table.wins[i, j]
-        if score is not None and score != 0.5:
-            going.append(i if (score > 0.5) == up else j)
+        if score is not None and choice(score):
+            going.append(i if (choice(score) == 1) == up else j)
     return going + ([order[-1]] if len(order) % 2 else [])

@@ -67,9 +67,9 @@ class Stage:
         self._write({"inputs": self.inputs, "done": False})
         return False
 
-    def finish(self, info: Mapping[str, Any]) -> None:
-        """Mark it done; written last, by one rename."""
-        self._write({"inputs": self.inputs, "done": True, "info": dict(info)})
+    def finish(self, info: Mapping[str, Any], *, done: bool = True) -> None:
+        """Mark it done (False: the next run goes on with it); written last, by one rename."""
+        self._write({"inputs": self.inputs, "done": done, "info": dict(info)})
 
     def _state(self) -> dict[str, Any]:
         try:

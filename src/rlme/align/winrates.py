@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
-from rlme.align.judge import Comparison, PairwiseJudge, choice
+from rlme.align.judge import Comparison, PairwiseJudge, choice, mean_of_orders
+from rlme.align.prompts import AlignPrompt
+from rlme.align.ranking import instruction_text
 from rlme.judgebench import metrics as m
+
+Job = tuple[int, str, str]
+"""A match to be played: the prompt's index, and the names of two models."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,32 +30,39 @@ class Match:
     given: float | None
     swapped: float | None
     lengths: tuple[int, int]
+    failures: dict[str, int] = field(default_factory=dict)
 
     @property
     def p(self) -> float | None:
         """The mean of both orders."""
-        return None if self.given is None or self.swapped is None else (self.given + self.swapped) / 2
+        return mean_of_orders(self.given, self.swapped)
+
+
+def comparisons(
+    jobs: Sequence[Job], answers: Sequence[dict[str, str]], prompts: Sequence[AlignPrompt]
+) -> list[Comparison]:
+    """What a judge is asked for these matches: nothing where the answers are equal."""
+    return [
+        Comparison(instruction_text(prompts[i].prompt), answers[i][a], answers[i][b], prompts[i].references)
+        for i, a, b in jobs
+        if answers[i][a] != answers[i][b]
+    ]
 
 
 def play(
-    names: Sequence[str],
-    answers: Sequence[dict[str, str]],
-    instructions: Sequence[str],
-    references: Sequence[tuple[str, ...]],
-    judge: PairwiseJudge,
-    first: int = 0,
+    jobs: Sequence[Job], answers: Sequence[dict[str, str]], prompts: Sequence[AlignPrompt], judge: PairwiseJudge
 ) -> list[Match]:
-    """Compare every two models on every prompt, both orders; equal answers are a tie without a call."""
-    jobs = [(i, a, b) for i in range(len(answers)) for a, b in combinations(names, 2)]
-    asked = [job for job in jobs if answers[job[0]][job[1]] != answers[job[0]][job[2]]]
-    verdicts = iter(
-        judge.judge([Comparison(instructions[i], answers[i][a], answers[i][b], references[i]) for i, a, b in asked])
-    )
+    """Play the matches in both orders; equal answers are a tie without a call."""
+    verdicts = iter(judge.judge(comparisons(jobs, answers, prompts)))
     matches = []
     for i, a, b in jobs:
         x, y = answers[i][a], answers[i][b]
-        given, swapped = (0.5, 0.5) if x == y else (lambda v: (v.given, v.swapped))(next(verdicts))
-        matches.append(Match(first + i, a, b, given, swapped, (len(x), len(y))))
+        lengths = len(x), len(y)
+        if x == y:
+            matches.append(Match(i, a, b, 0.5, 0.5, lengths))
+        else:
+            verdict = next(verdicts)
+            matches.append(Match(i, a, b, verdict.given, verdict.swapped, lengths, dict(verdict.failures)))
     return matches
 
 
