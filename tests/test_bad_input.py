@@ -121,7 +121,7 @@ CASES: dict[str, tuple[Change, list[str]]] = {
         lambda c, f: (f / "prompts.jsonl").write_text('{"question": "\\ud83d", "answer": "1"}\n'),
         ["prompts.jsonl", "line 1", "surrogate"],
     ),
-    "empty stop string": (put("train.stop", [""]), ["train.stop.0"]),
+    "empty stop string": (put("train.stop", [""]), ["train.stop", "empty"]),
     "wrong target": (put("questions", {"a": {"ask": "Is it?", "target": "MAYBE"}}), ["MAYBE", "YES"]),
 }
 

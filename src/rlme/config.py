@@ -262,7 +262,7 @@ class TrainConfig(Section):
     """Drop tokens less likely than min_p times the most likely one; 0: off."""
     repetition_penalty: float = Field(1.0, gt=0)
     """1: off."""
-    stop: list[Annotated[str, Field(min_length=1)]] = []
+    stop: list[str] = []
     """A completion ends after any of these texts."""
     loss: Literal["cispo", "grpo", "bnpo", "dr_grpo", "dapo", "luspo", "sapo", "vespo"] = "cispo"
     """Policy loss, by TRL's names."""
@@ -296,6 +296,12 @@ class TrainConfig(Section):
     """What to do when the reward rises while gold or held-out evaluators fall."""
     seed: int = Field(0, ge=0)
     """Seeds data order, sampling, adapter weights and anchors."""
+
+    @model_validator(mode="after")
+    def _stops(self) -> Self:
+        if "" in self.stop:
+            raise ValueError("train.stop holds an empty text, after which every completion would end at once")
+        return self
 
 
 def named_questions(value: Any) -> Any:

@@ -9,6 +9,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,6 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 OPEN = ("/health", "/docs", "/openapi.json")
 """Routes without a token."""
 COUNTED = ("/score", "/openrlhf")
+DRAIN = 0.5
+"""Seconds in which a refused body may still arrive."""
 HUNG_UP = 499
 """The status under which a request is counted whose client did not wait for the answer."""
 
@@ -59,10 +62,12 @@ class Gate:
         expected = None if scope["path"] in OPEN else self.expected
         if expected is not None and not secrets.compare_digest(headers.get(b"authorization", b""), expected):
             refusal = _refuse(401, "a bearer token is required", {"WWW-Authenticate": "Bearer"})
+            await _drain(receive)
             return await refusal(scope, receive, send)
         too_large = _refuse(413, f"the body is larger than {self.limit} bytes")
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.limit:
+            await _drain(receive)
             return await too_large(scope, receive, send)
         # The routes read the whole body anyway; reading it here keeps their own errors apart from this one.
         body, more = bytearray(), True
@@ -73,6 +78,8 @@ class Gate:
             body += message.get("body", b"")
             more = message.get("more_body", False)
             if len(body) > self.limit:
+                if more:
+                    await _drain(receive)
                 return await too_large(scope, receive, send)
         return await self._answer(scope, bytes(body), receive, send)
 
@@ -103,6 +110,18 @@ class Gate:
             for task in (answering, hang_up):
                 task.cancel()
             await asyncio.wait([answering, hang_up])
+
+
+async def _drain(receive: Receive) -> None:
+    """Throw away what the client sends, for a moment: a connection closed with bytes unread is reset, and the client
+    would not come to read why."""
+
+    async def rest() -> None:
+        while (await receive()).get("more_body", False):
+            pass
+
+    with suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(rest(), DRAIN)
 
 
 def _refuse(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
