@@ -39,3 +39,13 @@ def stopping_together(accelerator: Any = None) -> Iterator[None]:
     for reason in everywhere([stopped], accelerator):
         if reason is not None:
             raise RunStopped(reason)
+
+
+def leave_together() -> None:
+    """End what the processes share, before any of them exits: one that finds another gone while it still holds
+    connections to it is aborted, whatever it was about to say or to write. All have to come here."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()

@@ -28,6 +28,7 @@ from rlme.evaluators.build import STYLES, check_evaluator, make_judging, make_qu
 from rlme.evaluators.local import LocalEvaluator
 from rlme.lora import lora_arguments
 from rlme.models import check_gradient_checkpointing, load_model, load_tokenizer
+from rlme.processes import leave_together
 from rlme.reward import MetaReward
 from rlme.training.build import (
     adopt,
@@ -171,18 +172,22 @@ def _train(
     except RunStopped as stop:
         costs.save(costs.totals())
         _save_where_it_stands(trainer, folder)
+        leave_together()
         raise RunStopped(f"{stop}. The state is saved: rlme train --resume {folder.path}") from None
     if interrupt.stopped:
+        leave_together()
         raise RunStopped(
             f"stopped after step {trainer.state.global_step}, state saved; "
             f"go on with: rlme train --resume {folder.path}"
         )
     if recorder.stopped_by:
+        leave_together()
         raise RunStopped(
             f"stopped by the alarm after step {trainer.state.global_step}: {recorder.stopped_by} "
             f"(go on all the same: rlme train --resume {folder.path} --set train.on_alarm=warn)"
         )
     save_final(trainer, folder, config.model.path)
+    leave_together()
     return folder
 
 
