@@ -13,7 +13,7 @@ from transformers import GraniteMoeConfig
 from typer.testing import CliRunner
 
 from rlme.align import run_models, winrates
-from rlme.align.checks import check_output, locked
+from rlme.align.checks import check_output
 from rlme.align.cli import align
 from rlme.align.config import AlignConfig
 from rlme.align.inputs import compare_inputs, judge_inputs
@@ -24,6 +24,7 @@ from rlme.align.winrates import Match, table
 from rlme.commands import recipe_files
 from rlme.config_file import read_yaml, validate
 from rlme.errors import InputError, RunStopped
+from rlme.folders import locked
 from rlme.models import load_tokenizer
 from tests.fake_judge import FakeJudge, text_of
 from tests.test_architectures import save
@@ -187,12 +188,15 @@ def test_other_data_in_a_question_is_judged_anew(tmp_path, tiny_policy_dir):
 
 def test_a_second_run_at_the_same_time_is_kept_out(finished, tmp_path, monkeypatch):
     copy = copy_of(finished[0], tmp_path)
-    with locked(copy.folder), pytest.raises(InputError, match="another rlme align is at work in it: wait for it, or"):
+    with (
+        locked(copy.folder, "busy"),
+        pytest.raises(InputError, match="another rlme align is at work in it: wait for it, or"),
+    ):
         run(copy)
     monkeypatch.setattr(Alignment, "_start", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(copy)
-    with locked(copy.folder):  # given back after an error
+    with locked(copy.folder, "busy"):  # given back after an error
         pass
 
 

@@ -233,9 +233,8 @@ def test_what_a_run_goes_on_with(
     with pytest.raises(InputError, match="began with 1 processes, and these are 2"):
         check_same(RunFolder(tmp_path / "run"), {})
     monkeypatch.delenv("WORLD_SIZE")
-    lock = RunFolder(tmp_path / "run").lock()
-    assert "another process" in run(resume, capsys)
-    lock.release()
+    with RunFolder(tmp_path / "run").locked():
+        assert "another process" in run(resume, capsys)
     weights = tmp_path / "run" / "checkpoints" / "checkpoint-2" / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(b"")

@@ -20,6 +20,7 @@ from rich.text import Text
 from rlme.config import Config
 from rlme.config_file import apply_overrides, read_yaml, validate
 from rlme.errors import InputError
+from rlme.evaluators.endpoint_config import HOW_IT_IS_CALLED
 
 
 def recipe_files() -> dict[str, Path]:
@@ -104,8 +105,7 @@ RESUMABLE = (
     "train.on_alarm",
     "train.token_budget",
     "reward.max_failure_rate",
-    *(f"evaluators.N.endpoint.{key}" for key in ("base_url", "api_key_env", "concurrency", "deadline", "retries")),
-    *(f"evaluators.N.endpoint.{key}" for key in ("requests_per_minute", "tokens_per_minute", "outage", "max_cost")),
+    *(f"evaluators.N.endpoint.{key}" for key in HOW_IT_IS_CALLED),
 )
 
 

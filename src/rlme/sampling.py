@@ -171,15 +171,13 @@ def _batches(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], rows: list[tuple[int, int]], max_rows: int
 ) -> Iterator[list[tuple[int, int]]]:
     """At most `max_rows` of the rows (prompt, completion) at a time, which may be written together."""
-    together = [rows]
-    kind = length_kind(model)
-    if kind is not None:
-        kinds = dict.fromkeys(kind(len(prompts[p])) for p, _ in rows)
-        together = [[row for row in rows if kind(len(prompts[row[0]])) == one] for one in kinds]
+    kind = length_kind(model) or (lambda length: 0)
     if rows and not mixes_lengths(model, max(prompts, key=len)):
-        lengths = dict.fromkeys(len(prompts[p]) for p, _ in rows)
-        together = [[row for row in rows if len(prompts[row[0]]) == length] for length in lengths]
-    for some in together:
+        kind = int  # each length apart
+    together: dict[int, list[tuple[int, int]]] = {}
+    for row in rows:
+        together.setdefault(kind(len(prompts[row[0]])), []).append(row)
+    for some in together.values():
         for start in range(0, len(some), max_rows):
             yield some[start : start + max_rows]
 

@@ -18,7 +18,6 @@ from rlme.errors import InputError
 from rlme.evaluators.build import check_evaluator, make_judging, make_questions
 from rlme.judging import check_templates
 from rlme.models import check_model, load_tokenizer
-from rlme.training.run_folder import RunFolder
 
 
 def check_output(folder: Path) -> None:
@@ -30,21 +29,6 @@ def check_output(folder: Path) -> None:
     own = "judge" in read_yaml(config) if config.is_file() else any(folder.glob("*/stage.json"))
     if not own:
         raise InputError(f"{folder} exists already, and is no run of rlme align: choose another `output` (or --output)")
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep a second `rlme align` out of the folder: both would write the same lines and train the same models."""
-    try:
-        lock = RunFolder(folder).lock()
-    except InputError:
-        raise InputError(
-            f"{folder}: another rlme align is at work in it: wait for it, or choose another `output` (or --output)"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def check_ahead(config: AlignConfig, models: RunModels, prompts: AlignPrompts) -> None:

@@ -11,18 +11,15 @@ from rlme.align.prompts import AlignPrompt
 from rlme.align.protocols import load_protocol
 from rlme.align.stage import source_fingerprint
 from rlme.evaluators.build import make_judging, make_questions
+from rlme.evaluators.endpoint_config import SAME_VERDICTS
 from rlme.questions import find_template
 from rlme.templating import undeclared
 
-_HOW_A_SERVER_IS_CALLED = {
-    "base_url", "api_key_env", "concurrency", "requests_per_minute", "tokens_per_minute", "deadline", "retries",
-    "outage", "prices", "max_cost",
-}  # fmt: skip
 CHANGES_NO_VERDICT: Any = {
     "max_failure_rate": True,
     "resamples": True,
     "judging": {"cache", "cache_mb", "mass_warning"},
-    "evaluators": {"__all__": {"name": True, "trust_remote_code": True, "endpoint": _HOW_A_SERVER_IS_CALLED}},
+    "evaluators": {"__all__": {"name": True, "trust_remote_code": True, "endpoint": SAME_VERDICTS}},
 }
 """Keys of `judge` and `compare` that may change while the verdicts that were paid for stay."""
 

@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from rlme.align.label_mass import LabelMass
 from rlme.align.protocols import Protocol
 from rlme.errors import InputError
 from rlme.evaluators.base import Evaluator
 from rlme.judgement import Answer, Failure, Message, Request
+from rlme.label_mass import LabelMass
 from rlme.questions import log_sum_exp
 from rlme.templating import render
 

@@ -8,7 +8,6 @@ from typing import Protocol as Interface
 
 from rlme.align.config import AlignConfig, JudgeStage
 from rlme.align.judge import TIE, PairwiseJudge
-from rlme.align.label_mass import LabelMass
 from rlme.align.prompts import AlignPrompt
 from rlme.align.protocols import Protocol, load_protocol
 from rlme.align.ranking import Candidates, Ranking, calls_needed, instruction_text, rank
@@ -17,6 +16,7 @@ from rlme.errors import RunStopped
 from rlme.evaluators.base import Evaluator
 from rlme.evaluators.build import make_judging, make_questions
 from rlme.judging import Sample, judge
+from rlme.label_mass import LabelMass
 from rlme.reward import weighted_sum
 
 Group = tuple[AlignPrompt, Sequence[str]]

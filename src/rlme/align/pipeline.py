@@ -24,7 +24,7 @@ from typing import Any
 from rich.console import Console
 
 from rlme.align import costs, train, winrates
-from rlme.align.checks import check_ahead, check_output, locked
+from rlme.align.checks import check_ahead, check_output
 from rlme.align.config import AlignConfig
 from rlme.align.inputs import compare_inputs, judge_inputs
 from rlme.align.judging import Group, compare_judge, compare_protocol, make_scorer, require_judged
@@ -39,6 +39,7 @@ from rlme.config import EvaluatorConfig, evaluator_weights
 from rlme.errors import InputError
 from rlme.evaluators.base import Evaluator
 from rlme.evaluators.spending import Ledger
+from rlme.folders import locked, make_folder
 from rlme.models import load_tokenizer
 from rlme.training.run_folder import RunFolder
 
@@ -73,11 +74,9 @@ class Alignment:
 
     def run(self) -> list[dict[str, Any]]:
         """All stages; finished ones are skipped."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"output is {str(self.folder)!r}, which cannot be made: {error.strerror}") from None
-        with locked(self.folder):
+        make_folder(self.folder)
+        busy = "another rlme align is at work in it: wait for it, or choose another `output` (or --output)"
+        with locked(self.folder, busy):
             RunFolder(self.folder).write_config(self.config.model_dump(mode="json"))
             self.ledger = Ledger(self.folder / "spent.json")
             try:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import gc
 import math
 from collections.abc import Sequence
@@ -24,7 +22,7 @@ from rlme.errors import InputError
 from rlme.lora import lora_arguments
 from rlme.memory import keep_freed_memory, prefer_huge_pages
 from rlme.models import default_device, fast_bfloat16
-from rlme.training.settings import check_types
+from rlme.training.settings import check_arguments
 
 Example = dict[str, Any]
 # Arguments that keys of the stage set; under `trl:` they would contradict them.
@@ -140,16 +138,8 @@ def _settings(config: AlignConfig, stage: SFTStage | DPOStage, folder: Path, exa
 
 
 def _arguments(kind: type[Any], settings: dict[str, Any], extra: dict[str, Any], where: str) -> Any:
-    known = {f.name for f in dataclasses.fields(kind) if f.init}
-    for key in extra:
-        if key in _OURS:
-            raise InputError(f"{where}.{key} is set by this project: use the key of the stage")
-        if key not in known:
-            near = difflib.get_close_matches(key, sorted(known), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise InputError(f"{where}.{key} is no argument of TRL's {kind.__name__}{hint}")
-    # Of a list of losses TRL also takes one name.
-    check_types(kind, {key: value for key, value in extra.items() if key != "loss_type"}, where)
+    ours = dict.fromkeys(_OURS, "the key of the stage")
+    check_arguments(kind, extra, where, ours=ours, untyped=["loss_type"])  # of a list of losses TRL also takes one name
     try:
         arguments = kind(**(settings | extra))
         for callback in get_reporting_integration_callbacks(arguments.report_to):

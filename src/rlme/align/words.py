@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rlme.align.costs import Expected
-from rlme.align.label_mass import LabelMass
 from rlme.align.stage import Stage
 from rlme.evaluators.spending import estimates
+from rlme.label_mass import LabelMass
 
 
 class Words:

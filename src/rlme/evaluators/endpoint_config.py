@@ -27,6 +27,15 @@ class Prices(BaseModel):
         return (fresh * self.input + tokens_cached * cached + tokens_out * self.output) / 1e6
 
 
+HOW_IT_IS_CALLED = (
+    "base_url", "api_key_env", "concurrency", "deadline", "retries", "requests_per_minute", "tokens_per_minute",
+    "outage", "max_cost",
+)  # fmt: skip
+"""Keys that change how a server is reached and what it may take, not what it says: they may change in a run."""
+SAME_VERDICTS = {*HOW_IT_IS_CALLED, "prices"}
+"""Keys with which other verdicts stay as they are."""
+
+
 class EndpointConfig(BaseModel):
     """An OpenAI-compatible server that answers the questions."""
 

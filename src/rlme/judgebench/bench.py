@@ -14,6 +14,7 @@ from rlme.config import EvaluatorConfig
 from rlme.errors import InputError
 from rlme.evaluators.base import Evaluator
 from rlme.evaluators.build import make_judging, make_questions
+from rlme.evaluators.endpoint_config import SAME_VERDICTS
 from rlme.evaluators.endpoint_wire import Usage
 from rlme.evaluators.rehearsal import Rehearsal, spread
 from rlme.evaluators.spending import paid
@@ -23,25 +24,7 @@ from rlme.judgebench.run import Advance, Record, Run, Shown, judge_pairs, judge_
 from rlme.judging import Judging, check_templates
 from rlme.questions import Question
 
-_SAME_VERDICTS: dict[str, Any] = {
-    "weight": True,
-    "endpoint": dict.fromkeys(
-        (
-            "base_url",
-            "api_key_env",
-            "concurrency",
-            "requests_per_minute",
-            "tokens_per_minute",
-            "deadline",
-            "retries",
-            "outage",
-            "prices",
-            "max_cost",
-        ),
-        True,
-    ),
-}
-"""Keys of a judge that change how it is reached and what it may cost, not what it says."""
+_SAME_VERDICTS: Any = {"weight": True, "endpoint": SAME_VERDICTS}
 
 
 @dataclass(frozen=True, slots=True)

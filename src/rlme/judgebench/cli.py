@@ -149,10 +149,9 @@ def _held(folder: Path | None) -> Iterator[None]:
     """The folder for the report, made and this process's alone, unless it holds a run of another command, whose files
     would be overwritten.
     """
-    from filelock import FileLock, Timeout
-
     from rlme.config_file import read_yaml
     from rlme.errors import InputError
+    from rlme.folders import locked, make_folder
 
     if folder is None:
         yield
@@ -160,21 +159,9 @@ def _held(folder: Path | None) -> Iterator[None]:
     config = folder / "config.yaml"
     if config.is_file() and "model" in read_yaml(config):
         raise InputError(f"{folder} holds a run of rlme train or rlme align: choose another `output` (or --output)")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"output is {str(folder)!r}, which cannot be made: {error.strerror}") from None
-    lock = FileLock(folder / ".lock", blocking=False)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise InputError(f"{folder}: another process is judging in it") from None
-    except (NotImplementedError, OSError):  # a file system without locks
-        pass
-    try:
+    make_folder(folder)
+    with locked(folder, "another process is judging in it"):
         yield
-    finally:
-        lock.release()
 
 
 def _sets(settings: Any, console: Console) -> list[BenchSet]:
@@ -194,7 +181,7 @@ class _LabelMasses:
     """Says once for every judge and protocol or question that it puts little probability on the labels."""
 
     def __init__(self, threshold: float, console: Console) -> None:
-        from rlme.align.label_mass import LabelMass
+        from rlme.label_mass import LabelMass
 
         self._threshold, self._console = threshold, console
         self._of_pairs, self._of_answers = LabelMass("protocol"), LabelMass("question")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlme.align.judge import Comparison, PairwiseJudge, choice
+from rlme.align.stage import Lines
 from rlme.errors import InputError
 from rlme.evaluators.base import Evaluator
 from rlme.judgebench.items import BenchSet, PairItem, PointItem, load_set
@@ -200,14 +201,11 @@ def judge_points(
 
 def save_records(runs: Iterable[Run], path: Path) -> None:
     """One JSON line per run's header and per record, put in place by one rename; `load_recorded` reads it back."""
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        for run in runs:
-            header = {k: v for k, v in asdict(run).items() if k != "records"}
-            file.write(json.dumps({"run": header}) + "\n")
-            for record in run.records:
-                file.write(json.dumps(asdict(record)) + "\n")
-    os.replace(partial, path)
+    rows: list[dict[str, Any]] = []
+    for run in runs:
+        rows.append({"run": {k: v for k, v in asdict(run).items() if k != "records"}})
+        rows += map(asdict, run.records)
+    Lines(path).rewrite(rows)
 
 
 def load_saved(path: Path) -> list[Run]:

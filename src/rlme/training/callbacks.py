@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from transformers import TrainerCallback
 
+from rlme.label_mass import low_mass
 from rlme.processes import everywhere
 
 
@@ -56,9 +57,5 @@ class MassWarning:
             if key.startswith("judge/") and key.endswith("/mass") and value < self.threshold and key not in self.warned:
                 self.warned.add(key)
                 _, evaluator, question, _ = key.split("/", 3) if key.count("/") == 3 else ("", key, "", "")
-                self.console.print(
-                    f"warning: evaluator {evaluator!r} puts only {value:.0%} of its probability on the labels of "
-                    f"question {question!r}; its verdicts may mean little (try another template or read-out)",
-                    style="yellow",
-                    markup=False,
-                )
+                text = low_mass(evaluator, "question", question, value)
+                self.console.print(text, style="yellow", markup=False)

@@ -85,7 +85,7 @@ def _train(
         _warn_of_length(model, prompts, config, console)
     if arguments.gradient_checkpointing:
         check_gradient_checkpointing(model, "train.gradient_checkpointing")
-    lora_arguments(config.lora, model)  # what does not fit is said before anything is written
+    adapter = lora_arguments(config.lora, model)
     specs = config.evaluators if questions or config.reward.mode == "pairwise" else []
     evaluators = _load_evaluators(specs, config, model, tokenizer, console)
     reward = make_reward(config, evaluators)
@@ -97,9 +97,9 @@ def _train(
     elif main:
         folder = RunFolder.create(config.folder)
     if main:
-        held.callback(folder.lock().release)
+        held.enter_context(folder.locked())
     try:
-        trainer = _make_trainer(config, model, reward, arguments, prompts, tokenizer)
+        trainer = _make_trainer(config, model, adapter, reward, arguments, prompts, tokenizer)
     except Exception:
         if resume is None and main:
             shutil.rmtree(folder.path)  # nothing has happened in it
@@ -227,9 +227,14 @@ def _load_evaluators(
 
 
 def _make_trainer(
-    config: Config, model: Any, reward: MetaReward, arguments: GRPOConfig, prompts: PromptSet, tokenizer: Any
+    config: Config,
+    model: Any,
+    adapter: Any,
+    reward: MetaReward,
+    arguments: GRPOConfig,
+    prompts: PromptSet,
+    tokenizer: Any,
 ) -> RLMETrainer:
-    adapter = lora_arguments(config.lora, model)
     try:
         return RLMETrainer(
             model,

@@ -6,15 +6,16 @@ import json
 import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from filelock import FileLock, Timeout
 
 from rlme.errors import InputError
+from rlme.folders import locked, make_folder
 
 FORMAT = 1
 COMPLETE = "COMPLETE"  # written last into a checkpoint; one without it was cut off and does not count
@@ -75,11 +76,7 @@ class RunFolder:
         """A new folder; one that exists and is not empty is an error, so that no run is ever overwritten."""
         folder = cls(path)
         folder.check_new()
-        try:
-            for part in (folder.path, folder.rollouts, folder.eval, folder.checkpoints):
-                part.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"output is {str(folder.path)!r}, which cannot be made: {error.strerror}") from None
+        make_folder(folder.path, folder.rollouts, folder.eval, folder.checkpoints)
         return folder
 
     def check_new(self) -> None:
@@ -95,16 +92,9 @@ class RunFolder:
         if not above.is_dir() or not os.access(above, os.W_OK):
             raise InputError(f"output is {str(self.path)!r}, but {above} is no folder that can be written to")
 
-    def lock(self) -> FileLock:
-        """Held as long as its owner lives; `InputError` if another process holds it."""
-        lock = FileLock(self.path / ".lock", blocking=False)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise InputError(f"{self.path}: another process is training in it") from None
-        except (NotImplementedError, OSError):  # a file system without locks
-            pass
-        return lock
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep a second training out; `InputError` where there is one."""
+        return locked(self.path, "another process is training in it")
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Collection, Mapping
 from typing import Any, get_type_hints
 
 from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
@@ -52,16 +53,7 @@ _OURS = {
 def trl_arguments(config: Config, folder: RunFolder, *, processes: int = 1) -> GRPOConfig:
     """The paper's settings (RLME App. A) and the file's, as TRL arguments; `trl:` comes last."""
     train = config.train
-    known = {f.name for f in dataclasses.fields(GRPOConfig) if f.init}
-    for key in config.trl:
-        if key in _OURS:
-            raise InputError(f"trl.{key} is set by this project: use {_OURS[key]}")
-        if key not in known:
-            near = difflib.get_close_matches(key, sorted(known), n=1)
-            raise InputError(
-                f"trl.{key} is no argument of TRL's GRPOConfig" + (f"; did you mean {near[0]!r}?" if near else "")
-            )
-    check_types(GRPOConfig, config.trl, "trl")
+    check_arguments(GRPOConfig, config.trl, "trl", ours=_OURS)
     batch = train.prompts_per_step * train.group_size
     if batch % processes:
         raise InputError(
@@ -135,10 +127,22 @@ def trl_arguments(config: Config, folder: RunFolder, *, processes: int = 1) -> G
     return arguments
 
 
-def check_types(kind: type[Any], values: dict[str, Any], where: str) -> None:
-    """Refuse values that are not what the annotations of TRL's arguments say: TRL takes anything and fails later."""
+def check_arguments(
+    kind: type[Any], values: Mapping[str, Any], where: str, *, ours: Mapping[str, str], untyped: Collection[str] = ()
+) -> None:
+    """Refuse what is no argument of TRL's, what is `ours` (by argument: what to use instead), and values that are not
+    what the annotations say: TRL takes anything and fails later. `untyped`: where it takes more than they say."""
+    known = {f.name for f in dataclasses.fields(kind) if f.init}
     hints = get_type_hints(kind)
     for key, value in values.items():
+        if key in ours:
+            raise InputError(f"{where}.{key} is set by this project: use {ours[key]}")
+        if key not in known:
+            near = difflib.get_close_matches(key, sorted(known), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise InputError(f"{where}.{key} is no argument of TRL's {kind.__name__}{hint}")
+        if key in untyped:
+            continue
         try:
             TypeAdapter(hints[key]).validate_python(value, strict=True)
         except PydanticSchemaGenerationError:  # an annotation of torch's or transformers' own

@@ -23,11 +23,18 @@ class LabelMass:
             self._counts[evaluator, asked] += 1
 
     def warnings(self, threshold: float) -> dict[tuple[str, str], str]:
-        """A sentence for every mean below the threshold, in the words of `rlme train`."""
+        """A sentence for every mean below the threshold."""
         means = {key: self._sums[key] / n for key, n in self._counts.items()}
         return {
-            (evaluator, asked): f"warning: evaluator {evaluator!r} puts only {mean:.0%} of its probability on the "
-            f"labels of {self.kind} {asked!r}; its verdicts may mean little (try {_TRY[self.kind]})"
+            (evaluator, asked): low_mass(evaluator, self.kind, asked, mean)
             for (evaluator, asked), mean in means.items()
             if mean < threshold
         }
+
+
+def low_mass(evaluator: str, kind: Literal["protocol", "question"], asked: str, mean: float) -> str:
+    """What is said of a judge that puts little probability on the labels."""
+    return (
+        f"warning: evaluator {evaluator!r} puts only {mean:.0%} of its probability on the labels of {kind} {asked!r}; "
+        f"its verdicts may mean little (try {_TRY[kind]})"
+    )
