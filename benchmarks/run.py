@@ -31,7 +31,6 @@ HERE = Path(__file__).resolve().parent
 STAGES = ("sample", "judge", "update", "step")
 # The project's targets on w1 and two processor cores: TRL's seconds over ours.
 BARS = {"sample": 1.5, "judge": 6.0, "update": 3.0, "step": 3.5}
-UNSHARED = "questions-8"  # the workload that also runs with sharing off
 # What `rlme.memory.keep_freed_memory` sets, as its user would have to give it to another program.
 KEPT = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**63 - 1)}
 SMALL = 2  # rows of a training pass: of 1, 2, 4, 8, 16 and 32 TRL's fastest update on two cores
@@ -74,8 +73,7 @@ def sides_of(name: str, *, alone: bool) -> tuple[str, ...]:
     """Who runs a workload; `alone`: it is the only one asked for."""
     if alone:
         return ("ours", "peer", "peer_small") if name == "w1" else ("ours", "peer")
-    others = {"w1": ("peer_small", "peer_kept"), UNSHARED: ("off",)}
-    return ("ours", "peer", *others.get(name, ()))
+    return ("ours", "peer", *(("peer_small", "peer_kept") if name == "w1" else ("off",)))
 
 
 def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -84,6 +82,7 @@ def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     rate = max(run["matmul_gflops"] for results in runs.values() for run in results) * 1e9
     first = next(iter(runs.values()))[0]
     summary: dict[str, Any] = {"stages": {}, "peak_gib": {}, "matmul_gflops": rate / 1e9, "gpu": first["gpu"]}
+    summary["precision"] = first["precision"]
     for stage in STAGES:
         row: dict[str, Any] = {}
         for side, measured in steps.items():
@@ -142,15 +141,18 @@ def target_table(summary: dict[str, Any], profiles: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def ratio_table(results: dict[str, dict[str, Any]]) -> str:
-    """Markdown: one line a workload, TRL's seconds over ours."""
-    head = ["workload", *(NAMES[s] for s in STAGES), "ours, s a step", "TRL, s a step", "peak ours / TRL, GiB"]
+def ratio_table(results: dict[str, dict[str, Any]], other: str) -> str:
+    """Markdown: one line a workload that `other` ran, its seconds over ours."""
+    name = SIDES[other]
+    head = ["workload", *(NAMES[s] for s in STAGES), "ours, s a step", f"{name}, s a step"]
+    head.append(f"peak ours / {name}, GiB")
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for name, summary in results.items():
+    for workload, summary in results.items():
         stages, peak = summary["stages"], summary["peak_gib"]
-        cells = [name, *(f"{stages[s]['peer_ratio']:.2f}" for s in STAGES)]
-        cells += [f"{stages['step']['ours_s']:.1f}", f"{stages['step']['peer_s']:.1f}"]
-        lines.append("| " + " | ".join([*cells, f"{peak['ours']:.1f} / {peak['peer']:.1f}"]) + " |")
+        if other in peak:
+            cells = [workload, *(f"{stages[s][f'{other}_ratio']:.2f}" for s in STAGES)]
+            cells += [f"{stages['step'][f'{side}_s']:.1f}" for side in ("ours", other)]
+            lines.append("| " + " | ".join([*cells, f"{peak['ours']:.1f} / {peak[other]:.1f}"]) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -191,18 +193,27 @@ def document(
         for name, w in WORKLOADS.items()
         if name in results
     )
+    if w1["precision"] == "bfloat16":
+        precision = "float32 weights, bfloat16 autocast, evaluators in bfloat16"
+    else:
+        precision = "float32, as the machine has no bfloat16 products in hardware"
+    in_full = "\n".join(
+        f"`{name}`\n\n{stage_table(summary, sides_of(name, alone=False))}"
+        for name, summary in results.items()
+        if name != "w1"
+    )
     return f"""# Benchmarks
 
 Written by `python benchmarks/run.py`; do not edit. Machine: {machine}; {packages};
 model {options.model}; {clock}, {options.threads or "all"} threads; medians of {options.repeats} x {options.steps}
-steps (w1; one step of the others), after {UNCOUNTED} steps that are not counted, sides in turns. bfloat16
-matrix products were measured at {w1["matmul_gflops"]:.0f} GFLOP/s.
+steps (w1; one step of the others), after {UNCOUNTED} steps that are not counted, sides in turns. Matrix
+products in {w1["precision"]} were measured at {w1["matmul_gflops"]:.0f} GFLOP/s.
 
 *Ours* is `RLMETrainer`. *TRL* is `GRPOTrainer` with a reward function as a careful user writes it: batched by length,
-evaluator in bfloat16, logits of the label positions only, bfloat16 autocast, no gradient checkpointing, TRL's default
-of 8 rows a training pass. *Sharing off* is `RLMETrainer(share_prefixes=False)`. Model, prompts, questions, loss and
-optimizer are the same. *Tokens* are positions that went through a model, padding included. *Matrix rate* is the share
-of the measured matrix-product rate that the transformer layers' arithmetic alone accounts for.
+logits of the label positions only, no gradient checkpointing, TRL's default of 8 rows a training pass. *Sharing off* is
+`RLMETrainer(share_prefixes=False)`. Model, prompts, questions, loss, optimizer and precision are the same:
+{precision}. *Tokens* are positions that went through a model, padding included. *Matrix rate* is the share of the
+measured matrix-product rate that the transformer layers' arithmetic alone accounts for.
 
 ## One training step (w1)
 
@@ -241,12 +252,15 @@ could still remove.
 
 ## Other workloads: TRL's time over ours
 
-{ratio_table(results)}
+{ratio_table(results, "peer")}
 {workloads}
 
-With sharing off, on {UNSHARED}:
+## The same with sharing off: its time over ours
 
-{stage_table(results[UNSHARED], ("ours", "peer", "off"))}"""
+{ratio_table(results, "off")}
+## Other workloads in full
+
+{in_full}"""
 
 
 def main() -> None:

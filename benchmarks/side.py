@@ -3,8 +3,9 @@
     python benchmarks/side.py --side ours|off|peer --workload w1 --steps 2
 
 `ours` is RLME's trainer; `off` the same with sharing off; `peer` is TRL's GRPOTrainer with the reward function that a
-careful user would write. All three: the same model, prompts, questions, loss, optimizer and precision (float32
-weights, bfloat16 autocast, evaluators in bfloat16, no gradient checkpointing). Prints one line of JSON.
+careful user would write. All three: the same model, prompts, questions, loss, optimizer and precision: float32 weights;
+bfloat16 autocast and evaluators in bfloat16 where the machine multiplies bfloat16 in hardware, else float32 throughout
+(there PyTorch's bfloat16 is several times slower); no gradient checkpointing. Prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import resource
 import tempfile
 import time
 from collections import Counter
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset
@@ -25,7 +26,7 @@ from workloads import QUESTIONS, UNCOUNTED, WORKLOADS, Workload
 
 from rlme.evaluators.local import LocalEvaluator
 from rlme.judging import Judging
-from rlme.models import load_model, load_tokenizer
+from rlme.models import fast_bfloat16, load_model, load_tokenizer
 from rlme.questions import MARKER, PAPER, READOUTS
 from rlme.reward import MetaReward
 from rlme.templating import render
@@ -33,6 +34,7 @@ from rlme.training.trainer import RLMETrainer
 
 STAGES = ("sample", "judge", "update")
 GPU = torch.cuda.is_available()
+BF16 = fast_bfloat16()
 # Tokens of one pass on our side. A GPU wants the default; a CPU the workload's own in training. Judging holds no
 # activations: from 4096 on, what a group shares is rarely computed twice.
 GPU_BUDGET = 8192
@@ -130,7 +132,7 @@ def arguments(workload: Workload, folder: str, *, steps: int, micro_batch: int) 
         epsilon_high=5.0,
         beta=0.0,
         learning_rate=2e-6,
-        bf16=True,
+        bf16=BF16,
         use_cpu=not GPU,
         gradient_checkpointing=False,
         scale_rewards="none",
@@ -143,7 +145,7 @@ def arguments(workload: Workload, folder: str, *, steps: int, micro_batch: int) 
 
 
 def peer_reward(models: list[Any], tokenizer: Any, questions: list[str], batch_size: int) -> Any:
-    """Mean log-probability of `YES` and the marker after each question: batched, bfloat16, logits of two positions."""
+    """Mean log-probability of `YES` and the marker after each question: batched, logits of two positions."""
     target = tokenizer("YES" + MARKER, add_special_tokens=False)["input_ids"]
 
     def reward(prompts: Any, completions: Any, **columns: Any) -> list[float]:
@@ -159,11 +161,11 @@ def peer_reward(models: list[Any], tokenizer: Any, questions: list[str], batch_s
         scores = [0.0] * len(ids)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         for model in models:
-            own = model.dtype == torch.float32  # the policy judging itself
+            autocast = BF16 and model.dtype == torch.float32  # the policy judging itself
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
                 batch = tokenizer.pad({"input_ids": [ids[i] for i in rows]}, padding_side="left", return_tensors="pt")
-                with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=own):
+                with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
                     logits = model(**batch.to(model.device), logits_to_keep=len(target), use_cache=False).logits
                 wanted = torch.tensor(target, device=logits.device).expand(len(rows), -1)
                 logps = logits.float().log_softmax(-1).gather(-1, wanted[..., None])[..., 0].sum(-1)
@@ -181,7 +183,7 @@ def build(
     tokenizer = load_tokenizer(model_name)
     policy = load_model(model_name)
     copies = 0 if workload.live else workload.evaluators
-    evaluators = [load_model(model_name, dtype="bfloat16") for _ in range(copies)]
+    evaluators = [load_model(model_name, dtype=evaluator_dtype()) for _ in range(copies)]
     questions = list(QUESTIONS[: workload.questions])
     dataset = Dataset.from_list([{"prompt": messages} for messages in workload.messages(tokenizer)])
     for model in (policy, *evaluators):
@@ -224,6 +226,11 @@ def build(
     return trainer
 
 
+def evaluator_dtype() -> Literal["bfloat16", "float32"]:
+    """Frozen copies hold their weights in what the machine computes fastest in."""
+    return "bfloat16" if BF16 else "float32"
+
+
 def wall() -> float:
     """Seconds, once what a GPU was given is done."""
     if GPU:
@@ -232,9 +239,10 @@ def wall() -> float:
 
 
 def matmul_rate(device: torch.device, clock: Any) -> float:
-    """GFLOP/s of a bfloat16 product of the size of a transformer layer's."""
-    a = torch.randn(2048, 1024, device=device, dtype=torch.bfloat16)
-    b = torch.randn(1024, 1024, device=device, dtype=torch.bfloat16)
+    """GFLOP/s of a product of the size of a transformer layer's, in the precision of the comparison."""
+    dtype = torch.bfloat16 if BF16 else torch.float32
+    a = torch.randn(2048, 1024, device=device, dtype=dtype)
+    b = torch.randn(1024, 1024, device=device, dtype=dtype)
     best = 0.0
     for _ in range(5):
         started = clock()
@@ -278,6 +286,7 @@ def main() -> None:
                 "peak_gpu_gib": torch.cuda.max_memory_allocated() / 2**30 if GPU else 0.0,
                 "gpu": torch.cuda.get_device_name() if GPU else None,
                 "body_weights": model.num_parameters() - head,
+                "precision": "bfloat16" if BF16 else "float32",
                 "matmul_gflops": matmul_rate(model.device, clock),
                 "threads": torch.get_num_threads(),
                 "profile": stages.shares,

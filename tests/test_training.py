@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from rlme import InputError, Judging, LocalEvaluator, MetaReward, RLMETrainer, l
 from rlme.cli import main
 from rlme.commands import find_config, read_config
 from rlme.key_values import KeyValues
+from rlme.models import fast_bfloat16, slow_bfloat16
 from tests.tiny_runs import PROMPTS, read_metrics, read_rollouts, write_config, write_jsonl
 
 
@@ -478,10 +480,22 @@ def python_trainer(model: Any, tokenizer: Any, reward: MetaReward, folder: Path,
     rows = [{"prompt": f"What is {i} plus {i}?"} for i in range(prompts)]
     arguments = GRPOConfig(
         str(folder), num_generations=2, per_device_train_batch_size=4, max_completion_length=4, report_to="none",
-        use_cpu=True, bf16=False, disable_tqdm=True, loss_type="cispo", epsilon_high=5.0, learning_rate=1e-2,
-        **settings,
+        use_cpu=True, disable_tqdm=True, loss_type="cispo", epsilon_high=5.0, learning_rate=1e-2,
+        **{"bf16": False, **settings},
     )  # fmt: skip
     return RLMETrainer(model, reward, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+
+
+def test_bfloat16_on_a_cpu_without_it_is_named(tiny_policy_dir: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    assert not (fast_bfloat16() and slow_bfloat16(torch.device("cpu")))
+    reward = MetaReward("Is it short?", ["live"])
+    monkeypatch.setattr("rlme.training.trainer.slow_bfloat16", lambda device: device.type == "cpu")
+    for bf16 in (True, False):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            model, tokenizer = load_model(tiny_policy_dir), load_tokenizer(tiny_policy_dir)
+            python_trainer(model, tokenizer, reward, tmp_path, 4, max_steps=1, bf16=bf16)
+        assert any("bf16=False" in str(warning.message) for warning in said) == bf16
 
 
 def test_epochs_see_all_prompts(tiny_policy_dir: Path, tmp_path: Path) -> None:

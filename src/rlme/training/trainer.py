@@ -29,6 +29,7 @@ from rlme.forward import length_kind
 from rlme.key_values import KeyValues
 from rlme.load_balance import RouterLogits, prepare_mixture
 from rlme.memory import keep_freed_memory, prefer_huge_pages
+from rlme.models import slow_bfloat16
 from rlme.reward import MetaReward, Row
 from rlme.sampling import Sampled, length_to_stop, sample
 from rlme.scoring import completion_logps, plan_rows
@@ -102,6 +103,12 @@ class RLMETrainer(KeepsRollouts, GRPOTrainer):
         self._mask_truncated = self.mask_truncated_completions
         self.mask_truncated_completions: bool = False
         prepare_mixture(self.model)
+        if self.args.bf16 and slow_bfloat16(self.accelerator.device):
+            warnings.warn(
+                "bfloat16 takes this CPU several times as long as float32: pass bf16=False to the GRPOConfig, whose "
+                "default is True (in a configuration file, train.precision: auto)",
+                stacklevel=2,
+            )
         keep_freed_memory(self.accelerator.device)
         prefer_huge_pages(self.accelerator.device)
 
