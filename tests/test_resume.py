@@ -4,38 +4,59 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.tiny_runs import is_timing, read_metrics, read_rollouts, write_config
 
 STEPS = 7
-CHILD = "import sys; from rlme.cli import main; main(sys.argv[1:])"
+# Every run is a process of its own, born of one that has imported what they all need, which takes longer than a run.
+BORN = multiprocessing.get_context("forkserver")
+BORN.set_forkserver_preload(["rlme.training.run", "rlme.training.trainer", "tests.test_resume"])
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def start(*arguments: str) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return subprocess.Popen(
-        [sys.executable, "-c", CHILD, *arguments],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        env=environment,
-        cwd=Path(__file__).parents[1],
-    )
+def run_rlme(arguments: tuple[str, ...], errors: str) -> None:
+    from rlme.cli import main
+
+    os.environ.update(ENVIRONMENT)
+    torch.set_num_threads(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    main(list(arguments))
 
 
-def finish(process: subprocess.Popen[bytes]) -> int:
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors.decode()[-3000:]
-    return process.returncode
+class Rlme:
+    """`rlme ARGUMENTS` at work."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.errors = Path(tempfile.mkdtemp()) / "stderr"
+        self.process = BORN.Process(target=run_rlme, args=(arguments, str(self.errors)), daemon=True)
+        self.process.start()
+
+    def send(self, number: int) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def running(self) -> bool:
+        return self.process.is_alive()
+
+    def wait(self) -> int:
+        self.process.join(timeout=300)
+        assert self.process.exitcode is not None, "it does not end"
+        return self.process.exitcode
+
+    def finish(self) -> None:
+        assert self.wait() == 0, self.errors.read_text()[-3000:]
 
 
 def record(run: Path) -> dict[str, Any]:
@@ -84,7 +105,7 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted(
     train = dict(changes.get("train", {}))
     rest = {k: v for k, v in changes.items() if k != "train"}
     whole = setting(tmp_path, tiny_policy_dir, "whole", train=train, **rest)
-    finish(start("train", str(whole)))
+    Rlme("train", str(whole)).finish()
     expected = record(whole.parent / "run")
     assert [m["step"] for m in expected["metrics"]] == list(range(STEPS + 1))
 
@@ -92,23 +113,23 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted(
     run = cut.parent / "run"
     dice = random.Random(1)
     kills = 0
-    process = start("train", str(cut))
+    process = Rlme("train", str(cut))
     while kills < 3:
         wanted = 1 + kills * 2  # some progress each time, then a random moment in the step (or checkpoint) after it
         deadline = time.monotonic() + 240
-        while process.poll() is None and time.monotonic() < deadline:
+        while process.running() and time.monotonic() < deadline:
             lines = run / "metrics.jsonl"
             if lines.is_file() and lines.read_text().count("\n") > wanted:
                 break
             time.sleep(0.005)
         time.sleep(dice.random() * 0.25)
-        if process.poll() is not None:
+        if not process.running():
             break  # it was faster than the dice
-        process.send_signal(signal.SIGKILL)
+        process.send(signal.SIGKILL)
         process.wait()
         kills += 1
-        process = start("train", "--resume", str(run))
-    finish(process)
+        process = Rlme("train", "--resume", str(run))
+    process.finish()
     assert kills, "the run was never interrupted"
     got = record(run)
     assert json.dumps(got["metrics"]) == json.dumps(expected["metrics"])
@@ -144,16 +165,15 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny_policy_dir: Path, tmp_path: Pat
         tmp_path, tiny_policy_dir, "interrupted", train={"steps": 500, "checkpoint_every": 400, "eval_every": 400}
     )
     run = config.parent / "run"
-    process = start("train", str(config))
+    process = Rlme("train", str(config))
     while not (run / "metrics.jsonl").is_file() or (run / "metrics.jsonl").read_text().count("\n") < 3:
-        assert process.poll() is None
+        assert process.running()
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 3, errors.decode()
-    assert f"rlme train --resume {run}" in errors.decode()
+    process.send(signal.SIGINT)
+    assert process.wait() == 3, process.errors.read_text()
+    assert f"rlme train --resume {run}" in process.errors.read_text()
     (checkpoint,) = (run / "checkpoints").glob("checkpoint-*/COMPLETE")
     step = int(checkpoint.parent.name.split("-")[1])
     assert read_metrics(run)[-1]["step"] == step
-    finish(start("train", "--resume", str(run), "--set", f"train.steps={step + 2}"))
+    Rlme("train", "--resume", str(run), "--set", f"train.steps={step + 2}").finish()
     assert [m["step"] for m in read_metrics(run)] == list(range(step + 3))
