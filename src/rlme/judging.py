@@ -12,10 +12,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlme.control_tokens import harmless
 from rlme.errors import InputError
 from rlme.evaluators.base import Evaluator
 from rlme.judgement import NEGLIGIBLE, Answer, Failure, Judgement, Message, Request
-from rlme.questions import READOUTS, Question, Readout, ReadoutName, Template, find_template, log_sum_exp
+from rlme.questions import (
+    READOUTS,
+    TEMPLATES,
+    Question,
+    Readout,
+    ReadoutName,
+    Template,
+    find_template,
+    log_sum_exp,
+)
 from rlme.templating import check_variables, render, undeclared
 
 # What every template may use besides the data columns.
@@ -127,8 +137,10 @@ def plan_questions(evaluator: Evaluator, questions: Sequence[Question], judging:
 
 
 def check_templates(questions: Sequence[Question], judging: Judging, columns: Sequence[str]) -> None:
-    """Refuse, before anything is computed, a template or question that uses a name which is no column or variable."""
+    """Refuse, before anything is computed, a template or question that uses a name which is no column or variable, or
+    which is both."""
     known = {*TEMPLATE_VARIABLES, *columns}
+    both = set(TEMPLATE_VARIABLES) & set(columns) - {"prompt"}  # a column `prompt` is what the prompt is made of
     for question in questions:
         where = f"question {question.name!r}"
         check_variables(question.ask, known - {"question", "previous"}, where=where)
@@ -136,6 +148,12 @@ def check_templates(questions: Sequence[Question], judging: Judging, columns: Se
             template = find_template(question.template or judging.template, chat=chat)
             check_variables(template.text, known, where=f"{where}, template")
             shown = undeclared(template.text)
+            written = undeclared(question.ask) | (set() if template in TEMPLATES.values() else shown)
+            if hidden := sorted(written & both):
+                raise InputError(
+                    f"{where}: {{{{ {hidden[0]} }}}} is rlme's own variable (docs/evaluators.md), and the data have a "
+                    "column of that name, which it hides: rename the column"
+                )
             if "question" not in shown:
                 raise InputError(f"{where}, template: it does not show {{{{ question }}}}, so nothing would be asked")
             if template.kind != "turn" and not (shown | undeclared(question.ask)) & OF_THE_ANSWER:
@@ -177,7 +195,7 @@ def begin(
         if start is None:
             continue
         plans = plan_questions(evaluator, questions, judging)
-        asked = list(zip(plans, _requests(sample, plans, judging.joint), strict=True))
+        asked = list(zip(plans, _requests(evaluator, sample, plans, judging.joint), strict=True))
         for reason, tokens in ((False, None), (True, judging.reason_tokens)):
             if now := [r for plan, r in asked if plan.reason is reason and isinstance(r, Request)]:
                 start(now, max_tokens=tokens)
@@ -187,7 +205,7 @@ def _ask(
     evaluator: Evaluator, samples: Sequence[Sample], questions: Sequence[Question], judging: Judging
 ) -> list[list[Judgement]]:
     plans = plan_questions(evaluator, questions, judging)
-    requests = [request for sample in samples for request in _requests(sample, plans, judging.joint)]
+    requests = [request for sample in samples for request in _requests(evaluator, sample, plans, judging.joint)]
     critiques: dict[int, str] = {}
     reasons = [i for i, r in enumerate(requests) if plans[i % len(plans)].reason and isinstance(r, Request)]
     if reasons:
@@ -205,10 +223,12 @@ def _ask(
     return [verdicts[i * k : (i + 1) * k] for i in range(len(samples))]
 
 
-def _requests(sample: Sample, plans: Sequence[_Plan], joint: bool) -> list[Request | Answer]:
+def _requests(evaluator: Evaluator, sample: Sample, plans: Sequence[_Plan], joint: bool) -> list[Request | Answer]:
     """One completion's requests, in the order of the plans; an Answer stands for one that could not be made."""
     requests: list[Request | Answer] = []
-    variables = sample.variables()
+    variables = sample.variables() | {"completion": harmless(sample.completion, evaluator)}
+    if sample.answer is not None:
+        variables["answer"] = harmless(sample.answer, evaluator)
     previous: list[dict[str, str]] = []
     for plan in plans:
         try:
@@ -243,7 +263,7 @@ def _request(
     prompt: tuple[Message, ...] = (
         ({"role": "user", "content": sample.prompt},) if isinstance(sample.prompt, str) else tuple(sample.prompt)
     )
-    reply: Message = {"role": "assistant", "content": sample.completion}
+    reply: Message = {"role": "assistant", "content": variables["completion"]}
     return Request((*prompt, reply, turn), plan.continuations, prefill)
 
 

@@ -15,6 +15,7 @@ from rlme.judgement import Judgement
 from rlme.judging import Judging, Sample, begin, judge
 from rlme.processes import everywhere, stopping_together
 from rlme.questions import Question
+from rlme.reward_functions import RewardFunction, add_functions, call_functions, weighted_functions
 from rlme.verify import extract_answer, same_answer
 
 Mode = Literal["rlme", "rlvr", "rlvr+rlme"]
@@ -83,13 +84,17 @@ class MetaReward:
         evaluator_weights: v_j of eq. 3; by default 1/J each, so that an ensemble is a mean.
         judging: template, read-out, joint or separate.
         mode, combine, rlvr_weight, rlme_weight: see `RewardConfig`. `normalized` normalises within the whole batch.
+        functions: reward functions of your own (TRL's contract), by name: a function, or (function, weight). What they
+            return is added to the reward as it is, times the weight; with weight 0 it is only measured. The mean of
+            each is the metric function/<name>.
         answer: dataset column with the known answer. It is used for `rlvr`, for rows whose column `anchored` is true
             (see `anchored_rows`), and for the metric gold/accuracy; no evaluator sees it otherwise.
         completion_format, compare: how a completion's answer is read and compared (`rlme.verify`).
         max_failure_rate: `RunStopped` is raised when a larger share of a batch has no reward.
         token_budget, share_prefixes, max_context_tokens: for evaluators in this process.
 
-    A completion with a failed judgement gets None, which TRL leaves out of the group's mean.
+    A completion with a failed judgement, or for which a function returned None or NaN, gets None, which TRL leaves out
+    of the group's mean.
     """
 
     judges_alone = True
@@ -106,6 +111,7 @@ class MetaReward:
         combine: Literal["normalized", "sum"] = "normalized",
         rlvr_weight: float = 1.0,
         rlme_weight: float = 1.0,
+        functions: Mapping[str, RewardFunction | tuple[RewardFunction, float]] | None = None,
         answer: str | None = None,
         completion_format: str | None = None,
         compare: Literal["math", "exact"] = "math",
@@ -128,7 +134,8 @@ class MetaReward:
                 f"{len(self.evaluator_weights)} evaluator weights for {len(self._evaluators)} evaluators: one each"
             )
         self.weights = [v * q.weight for v in self.evaluator_weights for q in self.questions]
-        if mode != "rlvr" and not any(self.weights):
+        self.functions = weighted_functions(functions or {})
+        if mode != "rlvr" and not any([*self.weights, *(weight for _, weight in self.functions.values())]):
             raise InputError("all weights are zero, so every reward would be 0: give a question and an evaluator one")
         self.judging = judging or Judging()
         self.mode, self.combine = mode, combine
@@ -257,6 +264,12 @@ class MetaReward:
                 }
             )
         rewards = self._combine(judgements, [r["correct"] for r in self.rows], trainer)
+        if self.functions:
+            given = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+            values = call_functions(self.functions, len(samples), **given)
+            rewards = [add_functions(r, v, self.functions) for r, v in zip(rewards, values, strict=True)]
+            for row, found in zip(self.rows, values, strict=True):
+                row["functions"] = found
         for row, reward in zip(self.rows, rewards, strict=True):
             row["reward"] = reward
         if enforce_failure_rate:
@@ -268,6 +281,9 @@ class MetaReward:
         missing = sum(r is None for r in rewards)
         if rewards and missing / len(rewards) > self.max_failure_rate:
             kinds = Counter(j["failure"] for row in self.rows for j in row["judgements"] if j["failure"])
+            kinds += Counter(
+                f"function {n}" for row in self.rows for n, v in row.get("functions", {}).items() if v is None
+            )
             why = ", ".join(f"{kind} x{n}" for kind, n in kinds.most_common()) or "no known answer"
             detail = next((j["detail"] for row in self.rows for j in row["judgements"] if j["detail"]), "")
             raise RunStopped(
@@ -356,8 +372,8 @@ def _normalize_everywhere(values: list[float | None], trainer: Any) -> list[floa
 
 
 def judgement_metrics(rows: Sequence[Row]) -> dict[str, float]:
-    """Means over the rows: judge/<evaluator>/<question>/{score,probability,mass} and gold/accuracy; counts of what did
-    not go well: judge/<evaluator>/<question>/{failures/<kind>,bounded}.
+    """Means over the rows: judge/<evaluator>/<question>/{score,probability,mass}, gold/accuracy and function/<name>;
+    counts of what did not go well: judge/<evaluator>/<question>/{failures/<kind>,bounded}.
 
     Only what is there counts: a failed judgement is in no mean, and a metric without a single value is absent.
     """
@@ -374,6 +390,9 @@ def judgement_metrics(rows: Sequence[Row]) -> dict[str, float]:
             counts[f"{key}/bounded"] += bool(j.get("bounded"))
         if row["correct"] is not None:
             metrics.setdefault("gold/accuracy", []).append(float(row["correct"]))
+        for name, value in row.get("functions", {}).items():
+            if value is not None:
+                metrics.setdefault(f"function/{name}", []).append(value)
     means = {key: math.fsum(values) / len(values) for key, values in metrics.items()}
     if rows and any("reward" in row for row in rows):
         means["reward_missing"] = sum(row["reward"] is None for row in rows) / len(rows)

@@ -20,6 +20,7 @@ from typing import Any
 
 from rlme.ask import Interval, bootstrap, chunks
 from rlme.candidates import Candidate, labelled
+from rlme.control_tokens import harmless
 from rlme.errors import InputError
 from rlme.evaluators.base import Evaluator
 from rlme.judgement import Answer, Judgement, Request
@@ -195,7 +196,7 @@ def choice_probabilities(groups: Sequence[Sequence[Candidate]], evaluator: Evalu
             spellings = {a: tuple(s for s in (a, f" {a}") if s in kept) for a in letters}
             if missing := next((letter for letter, ss in spellings.items() if not ss), None):
                 raise InputError(f"evaluator {evaluator.name!r}: its tokenizer cannot spell the letter {missing!r}")
-            text = _choice_text(group, order)
+            text = harmless(_choice_text(group, order), evaluator)
             context = ({"role": "user", "content": text},) if evaluator.chat else f"{text}\nLetter:"
             requests.append(Request(context, tuple(s for ss in spellings.values() for s in ss)))  # type: ignore[arg-type]
             plans.append((g, order))

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from rlme.align.protocols import Protocol
+from rlme.control_tokens import harmless
 from rlme.errors import InputError
 from rlme.evaluators.base import Evaluator
 from rlme.judgement import Answer, Failure, Message, Request
@@ -275,7 +276,8 @@ class PairwiseJudge:
             "output_a": second if swapped else first,
             "output_b": first if swapped else second,
         }
-        prompt = render(self.protocol.template, variables, where=f"protocol {self.protocol.name!r}")
+        where = f"protocol {self.protocol.name!r}"
+        prompt = harmless(render(self.protocol.template, variables, where=where), evaluator)
         if evaluator.chat:
             # Everything in one user turn: several chat templates refuse a system turn.
             return Request((Message(role="user", content=prompt),), spellings, prefill=self.protocol.prefill)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from rlme.control_tokens import pattern_of
 from rlme.errors import InputError
 from rlme.judgement import Answer, Failure, Message, Request
 from rlme.key_values import KeyValues
@@ -43,6 +44,7 @@ class LocalEvaluator:
     ) -> None:
         self.name = name
         self.tokenizer = tokenizer
+        self.control_tokens = pattern_of(tokenizer)
         self.chat = has_chat_template(tokenizer) if chat is None else chat
         if self.chat and not has_chat_template(tokenizer):
             raise InputError(
