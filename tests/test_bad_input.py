@@ -253,6 +253,26 @@ def test_resume_keeps_the_run_what_it_was(tiny_policy_dir: Path, tmp_path: Path,
     assert "train.learning_rate" in run(["train", "--resume", str(tmp_path), "--set", "train.learning_rate=1"], capsys)
 
 
+@pytest.mark.parametrize(
+    ("question", "said"),
+    [
+        ({"labels": ["good", "bad"]}, "target is 'YES', expected good or bad"),
+        ({"labels": ["good"], "target": "good"}, "two or more different words"),
+        ({"labels": ["good", "GOOD"], "target": "good"}, "two or more different words"),
+        ({"labels": ["good", " bad"], "target": "good"}, "two or more different words"),
+        ({"labels": ["good", "bad"], "target": "good", "readout": "scale"}, "cannot be read out as a scale"),
+        ({"labels": ["good", {}], "target": "good"}, "labels"),
+        ({"target": "PERHAPS"}, "target is 'PERHAPS', expected YES or NO"),
+    ],
+)
+def test_answers_to_choose_from(
+    question: dict[str, Any], said: str, tiny_policy_dir: Path, tmp_path: Path, capsys: Any
+) -> None:
+    config = tiny_config(tmp_path, tiny_policy_dir, questions={"q": {"ask": "How is it?", **question}})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert said in run(["check", str(tmp_path / "config.yaml")], capsys)
+
+
 def test_reward_of_two_questions_with_one_name() -> None:
     from rlme import InputError, MetaReward, Question
 

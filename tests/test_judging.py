@@ -125,6 +125,29 @@ def test_scale_is_the_expected_rating(base: LocalEvaluator) -> None:
     assert low == pytest.approx(2.0) and high == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("readout", ["yes_no", "marker"])
+def test_answers_of_ones_own(base: LocalEvaluator, readout: Any) -> None:
+    recording = Recording(base)
+    labels = ("good", "fair", "bad")
+    question = Question("How is it?", "q", target="FAIR", labels=labels)
+    (judgement,), *_ = judge(SAMPLES[:1], [question], [recording], Judging("reply", readout))
+    context = recording.requests[0].context
+    asked = recording.requests[0].continuations
+    mark = "ø" if readout == "marker" else ""
+    assert f"({mark}good{mark}, {mark}fair{mark} or {mark}bad{mark})" in context
+    assert "Yes" not in context and not any("yes" in spelling.lower() for spelling in asked)
+    values = {
+        label: log_sum_exp([logp(base, context, s) for s in asked if s.strip(" ø").lower() == label])
+        for label in labels
+    }
+    total = log_sum_exp(list(values.values()))
+    expected = values["fair"] - (0.0 if readout == "marker" else total)
+    assert question.target == "fair"
+    assert judgement.score == pytest.approx(expected, abs=1e-4)
+    assert judgement.logprobs == pytest.approx(values, abs=1e-4)
+    assert judgement.mass == pytest.approx(math.exp(total), rel=1e-3)
+
+
 def test_reason_writes_first_and_reads_then(chat: LocalEvaluator) -> None:
     recording = Recording(chat)
     judging = Judging("chat", "reason", reason_tokens=5, reason_then="yes_no")

@@ -476,6 +476,18 @@ def test_more_tokens_than_the_model_reads_and_prompts_that_are_not_held_out(
     assert "the model reads at most 1024 tokens" in said
 
 
+def test_answers_of_ones_own(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    """In a file, where YAML reads `yes` as a boolean; the report shows such a run like any other."""
+    questions = {"tone": {"ask": "How is it?", "labels": [True, "fair", "poor"], "target": "fair"}}
+    train(str(write_config(tmp_path, tiny_policy_dir, questions=questions, evaluators=["live", "frozen"])))
+    for row in read_rollouts(tmp_path / "run"):
+        assert row["reward"] == pytest.approx(sum(j["weight"] * j["score"] for j in row["judgements"]))
+    with pytest.raises(SystemExit) as ended:
+        main(["report", str(tmp_path / "run"), "--output", str(tmp_path / "report.html")])
+    assert ended.value.code == 0
+    assert "How is it?" in (tmp_path / "report.html").read_text()
+
+
 def python_trainer(model: Any, tokenizer: Any, reward: MetaReward, folder: Path, prompts: int, **settings: Any) -> Any:
     rows = [{"prompt": f"What is {i} plus {i}?"} for i in range(prompts)]
     arguments = GRPOConfig(

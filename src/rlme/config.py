@@ -28,6 +28,10 @@ def _word(value: Any) -> Any:
     return {True: "YES", False: "NO"}.get(value, value) if isinstance(value, bool) else value
 
 
+def _words(values: Any) -> Any:
+    return [_word(value) for value in values] if isinstance(values, list) else values
+
+
 class ModelConfig(Section):
     """The policy: the model that is trained."""
 
@@ -114,7 +118,9 @@ class QuestionConfig(Section):
     weight: float = 1.0
     """w_k of equation 3. 0: asked and shown, but not part of the reward."""
     target: Annotated[str, BeforeValidator(_word)] = "YES"
-    """The answer whose log-probability is the score: YES or NO."""
+    """The answer whose log-probability is the score: YES or NO, or one of `labels`."""
+    labels: Annotated[list[str], BeforeValidator(_words)] = []
+    """Answers to choose from, in place of YES and NO: two or more, such as `[good, fair, poor]`. Not for `scale`."""
     template: Template | None = None
     """Overrides `judging.template` for this question."""
     readout: Readout | None = None
@@ -326,7 +332,7 @@ class Config(Section):
     data: Annotated[DataConfig, short_for("train")]
     """Prompts, and gold if there is any."""
     questions: Annotated[dict[str, QuestionConfig], BeforeValidator(named_questions)] = {}
-    """name: question text, or name: {ask, weight, target, template, readout}."""
+    """name: question text, or name: {ask, weight, target, labels, template, readout}."""
     evaluators: Annotated[list[EvaluatorConfig], BeforeValidator(evaluator_list)] = [EvaluatorConfig(model="live")]
     """live | frozen | a model | {model, weight, name, dtype, ...} | {endpoint: {...}}."""
     judging: JudgingConfig = JudgingConfig()

@@ -114,7 +114,7 @@ def plan_questions(evaluator: Evaluator, questions: Sequence[Question], judging:
             name = judging.reason_then
         if name == "auto":
             name = "marker" if template.kind == "text" else "yes_no"
-        readout = READOUTS[name]
+        readout = READOUTS[name].with_labels(question.labels)
         if judging.joint and not template.joint:
             raise InputError(
                 f"question {question.name!r}: judging.joint needs a template that shows `previous` questions, "
@@ -140,10 +140,13 @@ def check_templates(questions: Sequence[Question], judging: Judging, columns: Se
     """Refuse, before anything is computed, a template or question that uses a name which is no column or variable, or
     which is both."""
     known = {*TEMPLATE_VARIABLES, *columns}
-    both = set(TEMPLATE_VARIABLES) & set(columns) - {"prompt"}  # a column `prompt` is what the prompt is made of
+    # Columns `prompt` and `question` are common, and nobody means them: the prompt is made of them.
+    both = ({"context", "anchor"} | OF_THE_ANSWER) & set(columns)
     for question in questions:
         where = f"question {question.name!r}"
         check_variables(question.ask, known - {"question", "previous"}, where=where)
+        if question.labels and "scale" in _readouts(question, judging):
+            raise InputError(f"{where}: `labels` cannot be read out as a scale: choose another `readout`")
         for chat in (False, True):
             template = find_template(question.template or judging.template, chat=chat)
             check_variables(template.text, known, where=f"{where}, template")
@@ -161,6 +164,12 @@ def check_templates(questions: Sequence[Question], judging: Judging, columns: Se
                     f"{where}, template: it does not show {{{{ completion }}}} (or {{{{ answer }}}}), so all would be "
                     "judged alike"
                 )
+
+
+def _readouts(question: Question, judging: Judging) -> tuple[str, ...]:
+    """The read-outs a question uses: a critique is followed by another."""
+    name = question.readout or judging.readout
+    return (name, judging.reason_then) if name == "reason" else (name,)
 
 
 def judge(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from rlme.errors import InputError
@@ -98,7 +98,8 @@ def find_template(template: str | Template, *, chat: bool) -> Template:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A meta-question q_k: its text, weight w_k, target answer a_k, and (optionally) its own template and read-out."""
+    """A meta-question q_k: its text, weight w_k, target answer a_k, and (optionally) its own template, read-out, and
+    answers to choose from (`labels`, in place of YES and NO; the target is one of them)."""
 
     ask: str
     name: str = ""
@@ -106,13 +107,24 @@ class Question:
     target: str = "YES"
     template: str | Template | None = None
     readout: ReadoutName | None = None
+    labels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.target.upper() not in ("YES", "NO"):
-            raise InputError(f"question {self.name or self.ask!r}: target is {self.target!r}, expected YES or NO")
+        where = f"question {self.name or self.ask!r}"
+        labels = tuple(self.labels)
+        if labels and (
+            len({x.casefold() for x in labels}) < max(2, len(labels)) or any(not x or x.strip() != x for x in labels)
+        ):
+            raise InputError(
+                f"{where}: labels are {list(labels)}, expected two or more different words without outer spaces"
+            )
+        target = next((x for x in labels or ("YES", "NO") if x.casefold() == self.target.casefold()), None)
+        if target is None:
+            raise InputError(f"{where}: target is {self.target!r}, expected {either(labels or ('YES', 'NO'))}")
         if not isinstance(self.weight, int | float) or not math.isfinite(self.weight):
-            raise InputError(f"question {self.name or self.ask!r}: weight is {self.weight!r}, expected a number")
-        object.__setattr__(self, "target", self.target.upper())
+            raise InputError(f"{where}: weight is {self.weight!r}, expected a number")
+        object.__setattr__(self, "labels", labels)
+        object.__setattr__(self, "target", target)
         if not self.name:
             object.__setattr__(self, "name", self.ask)
 
@@ -145,6 +157,17 @@ class Readout:
         expected = expected if target == "YES" else 4 - expected
         return expected, expected / 4
 
+    def with_labels(self, labels: Sequence[str]) -> Readout:
+        """The same read-out of other answers; none: as it is. `InputError` for a scale."""
+        if not labels:
+            return self
+        if self.name == "scale":
+            raise InputError("`labels` cannot be read out as a scale, whose answers are the numbers from 0 to 4")
+        if self.name == "marker":
+            wrapped = [f"{MARKER}{label}{MARKER}" for label in labels]
+            return replace(self, labels={label: (label + MARKER,) for label in labels}, reply_format=either(wrapped))
+        return replace(self, labels={label: _spellings(label) for label in labels}, reply_format=either(labels))
+
     def reply(self, target: str) -> str:
         """The full text of a given answer, as it stands in a joint block."""
         return f"{MARKER}{target}{MARKER}" if self.name == "marker" else target
@@ -167,6 +190,11 @@ READOUTS = {
         "scale", "", {r: (r, " " + r) for r in RATINGS}, "a whole number from 0 (not at all) to 4 (fully)"
     ),
 }
+
+
+def either(words: Sequence[str]) -> str:
+    """a, b or c"""
+    return f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def log_sum_exp(values: Sequence[float]) -> float:

@@ -7,6 +7,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from rlme.errors import InputError, RunStopped
@@ -57,10 +58,7 @@ def named_questions(questions: Sequence[str | Question] | Mapping[str, str | Que
     """Questions from texts, `Question`s, or name -> either; names must differ."""
     if isinstance(questions, Mapping):
         items = [
-            Question(q, name=name)
-            if isinstance(q, str)
-            else Question(q.ask, name, q.weight, q.target, q.template, q.readout)
-            for name, q in questions.items()
+            Question(q, name=name) if isinstance(q, str) else replace(q, name=name) for name, q in questions.items()
         ]
     else:
         several = [questions] if isinstance(questions, str) else questions

@@ -101,7 +101,8 @@ def check_evaluator(evaluator: Evaluator, questions: Sequence[Question], judging
 def make_questions(questions: Mapping[str, QuestionConfig]) -> list[Question]:
     """The file's questions."""
     return [
-        Question(q.ask, name, q.weight, q.target, _template(q.template), q.readout) for name, q in questions.items()
+        Question(q.ask, name, q.weight, q.target, _template(q.template), q.readout, tuple(q.labels))
+        for name, q in questions.items()
     ]
 
 

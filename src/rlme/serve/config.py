@@ -26,7 +26,7 @@ class ServeConfig(Section):
     """The judging half of a run's configuration. The keys of the training half may be there and are not used."""
 
     questions: Annotated[dict[str, QuestionConfig], BeforeValidator(named_questions)]
-    """name: question text, or name: {ask, weight, target, template, readout}."""
+    """name: question text, or name: {ask, weight, target, labels, template, readout}."""
     evaluators: Annotated[list[EvaluatorConfig], BeforeValidator(evaluator_list)]
     """A model | {model, weight, name, dtype, ...} | {endpoint: {...}}. There is no policy here, so no `live`."""
     judging: JudgingConfig = JudgingConfig()
