@@ -198,7 +198,7 @@ def document(
     else:
         precision = "float32, as the machine has no bfloat16 products in hardware"
     in_full = "\n".join(
-        f"`{name}`\n\n{stage_table(summary, sides_of(name, alone=False))}"
+        f"### {name}\n\n{stage_table(summary, sides_of(name, alone=False))}"
         for name, summary in results.items()
         if name != "w1"
     )
@@ -254,6 +254,8 @@ could still remove.
 
 {ratio_table(results, "peer")}
 {workloads}
+
+A group of one is not among them: it has no advantage, and TRL refuses it.
 
 ## The same with sharing off: its time over ours
 

@@ -1,7 +1,8 @@
-"""A command's output folder: made, and one process's alone."""
+"""A command's output folder: made, one process's alone, its files whole at every moment."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,3 +35,22 @@ def locked(folder: Path, busy: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write a file by one rename: at every moment the old one or the new one is there, whole."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    sync(partial)
+    os.replace(partial, path)
+
+
+def sync(path: Path) -> None:
+    """Have the system write a file or folder to disk."""
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders, and writes back only what is open for writing
+        return
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -82,7 +82,7 @@ def sample(
     completion). Temperature 0 is greedy and equals `generate`.
 
     `dtype` (bfloat16, say) runs on cast weights, held beside the model's own for the length of the call; on a CPU
-    bfloat16 weights are held once more (`rlme.packed_linear`). At most `max_rows` completions are written at once.
+    weights are held once more (`rlme.packed_linear`). At most `max_rows` completions are written at once.
     Dropout is off. `keep` takes the keys and values of what was read and written, where the cache holds them whole
     (not for sliding windows).
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlme.errors import InputError
+from rlme.folders import replace_file
 
 STATE = "stage.json"
 
@@ -79,9 +80,7 @@ class Stage:
         return found if isinstance(found, dict) else {}
 
     def _write(self, state: Mapping[str, Any]) -> None:
-        partial = self.folder / f"{STATE}.partial"
-        partial.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, self.folder / STATE)
+        replace_file(self.folder / STATE, json.dumps(state, indent=2) + "\n")
 
 
 class Lines:
@@ -103,9 +102,7 @@ class Lines:
 
     def rewrite(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Replace the whole file, by one rename."""
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(_line(row) for row in rows), encoding="utf-8")
-        os.replace(partial, self.path)
+        replace_file(self.path, "".join(_line(row) for row in rows))
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write rows and flush them to disk."""

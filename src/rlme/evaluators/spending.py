@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from rlme.evaluators.base import Evaluator
 from rlme.evaluators.endpoint_wire import Usage
 from rlme.evaluators.rehearsal import Rehearsal
+from rlme.folders import replace_file
 
 Totals = dict[str, dict[str, float]]
 
@@ -115,6 +115,4 @@ class Ledger:
     def save(self) -> None:
         """Write it, by one rename, if anything is paid for."""
         if self._evaluators:
-            partial = self.file.with_suffix(".partial")
-            partial.write_text(json.dumps(self.totals(), indent=2) + "\n", encoding="utf-8")
-            os.replace(partial, self.file)
+            replace_file(self.file, json.dumps(self.totals(), indent=2) + "\n")

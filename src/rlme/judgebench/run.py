@@ -7,7 +7,6 @@ computed from them, so that recorded verdicts are scored exactly like fresh ones
 from __future__ import annotations
 
 import json
-import os
 import random
 import time
 from collections import Counter
@@ -21,6 +20,7 @@ from rlme.align.judge import Comparison, PairwiseJudge, choice
 from rlme.align.stage import Lines
 from rlme.errors import InputError
 from rlme.evaluators.base import Evaluator
+from rlme.folders import replace_file
 from rlme.judgebench.items import BenchSet, PairItem, PointItem, load_set
 from rlme.judging import Judging, Sample, judge
 from rlme.questions import Question
@@ -218,9 +218,7 @@ def load_saved(path: Path) -> list[Run]:
         json.loads(last or b"{}")
     except ValueError:
         content = content[: -len(last)]
-        partial = path.with_suffix(".partial")
-        partial.write_bytes(content)
-        os.replace(partial, path)
+        replace_file(path, content)
     return load_recorded(str(path)) if content.strip() else []
 
 

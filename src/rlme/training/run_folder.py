@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from rlme.errors import InputError
-from rlme.folders import locked, make_folder
+from rlme.folders import locked, make_folder, replace_file, sync
 
 FORMAT = 1
 COMPLETE = "COMPLETE"  # written last into a checkpoint; one without it was cut off and does not count
@@ -106,16 +106,16 @@ class RunFolder:
 
     def write_config(self, content: Mapping[str, Any]) -> None:
         """The resolved configuration with versions and seeds."""
-        _replace(self.config, yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True).encode())
+        replace_file(self.config, yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True))
 
     def write_best(self, content: Mapping[str, Any]) -> None:
         """Which checkpoint is the best one, by what, in best.json."""
-        _replace(self.path / "best.json", (json.dumps(dict(content), indent=2) + "\n").encode())
+        replace_file(self.path / "best.json", json.dumps(dict(content), indent=2) + "\n")
 
     def write_spent(self, totals: Mapping[str, Mapping[str, float]]) -> None:
         """What each evaluator behind an endpoint has taken so far, in spent.json. A resume does not cut it back: what
         was spent on steps that are done again is spent."""
-        _replace(self.path / "spent.json", (json.dumps(totals, indent=2) + "\n").encode())
+        replace_file(self.path / "spent.json", json.dumps(totals, indent=2) + "\n")
 
     def read_spent(self) -> dict[str, dict[str, float]]:
         """The content of spent.json; empty where there is none."""
@@ -141,9 +141,9 @@ class RunFolder:
         one is there."""
         for path in folder.rglob("*"):
             if path.is_file():
-                _sync(path)
-        _replace(folder / COMPLETE, b"")
-        _sync(folder)
+                sync(path)
+        replace_file(folder / COMPLETE, "")
+        sync(folder)
         for old in self._whole_checkpoints()[:-keep]:
             if _step_of(old) in protected:
                 continue
@@ -170,7 +170,7 @@ class RunFolder:
                 if stale:
                     path.unlink()
         lines = [] if checkpoint is None else [line for line in self.read_lines() if line["step"] <= step]
-        _replace(self.metrics, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in lines).encode())
+        replace_file(self.metrics, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in lines))
         shutil.rmtree(self.final, ignore_errors=True)
         return step, checkpoint
 
@@ -201,20 +201,3 @@ def _counts(path: Path) -> bool:
 def _step_of(path: Path) -> int:
     digits = path.stem.rpartition("-")[2]
     return int(digits) if digits.isdigit() else -1
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    _sync(partial)
-    os.replace(partial, path)
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():  # Windows opens no folders, and writes back only what is open for writing
-        return
-    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
