@@ -13,7 +13,7 @@ import statistics
 import time
 
 import torch
-from side import JUDGE_BUDGET, evaluator_dtype, wall
+from side import JUDGE_BUDGET, PRECISION, wall
 from workloads import QUESTIONS, WORKLOADS
 
 from rlme.evaluators.local import LocalEvaluator
@@ -37,7 +37,7 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     w1 = WORKLOADS["w1"]
     tokenizer = load_tokenizer(options.model)
-    model = load_model(options.model, dtype=evaluator_dtype())
+    model = load_model(options.model, dtype=PRECISION)
     contexts = [
         tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         for messages in w1.messages(tokenizer)

@@ -35,6 +35,7 @@ from rlme.training.trainer import RLMETrainer
 STAGES = ("sample", "judge", "update")
 GPU = torch.cuda.is_available()
 BF16 = fast_bfloat16()
+PRECISION: Literal["bfloat16", "float32"] = "bfloat16" if BF16 else "float32"  # of frozen copies' weights, too
 # Tokens of one pass on our side. A GPU wants the default; a CPU the workload's own in training. Judging holds no
 # activations: from 4096 on, what a group shares is rarely computed twice.
 GPU_BUDGET = 8192
@@ -183,7 +184,7 @@ def build(
     tokenizer = load_tokenizer(model_name)
     policy = load_model(model_name)
     copies = 0 if workload.live else workload.evaluators
-    evaluators = [load_model(model_name, dtype=evaluator_dtype()) for _ in range(copies)]
+    evaluators = [load_model(model_name, dtype=PRECISION) for _ in range(copies)]
     questions = list(QUESTIONS[: workload.questions])
     dataset = Dataset.from_list([{"prompt": messages} for messages in workload.messages(tokenizer)])
     for model in (policy, *evaluators):
@@ -226,11 +227,6 @@ def build(
     return trainer
 
 
-def evaluator_dtype() -> Literal["bfloat16", "float32"]:
-    """Frozen copies hold their weights in what the machine computes fastest in."""
-    return "bfloat16" if BF16 else "float32"
-
-
 def wall() -> float:
     """Seconds, once what a GPU was given is done."""
     if GPU:
@@ -240,7 +236,7 @@ def wall() -> float:
 
 def matmul_rate(device: torch.device, clock: Any) -> float:
     """GFLOP/s of a product of the size of a transformer layer's, in the precision of the comparison."""
-    dtype = torch.bfloat16 if BF16 else torch.float32
+    dtype = getattr(torch, PRECISION)
     a = torch.randn(2048, 1024, device=device, dtype=dtype)
     b = torch.randn(1024, 1024, device=device, dtype=dtype)
     best = 0.0
@@ -286,7 +282,7 @@ def main() -> None:
                 "peak_gpu_gib": torch.cuda.max_memory_allocated() / 2**30 if GPU else 0.0,
                 "gpu": torch.cuda.get_device_name() if GPU else None,
                 "body_weights": model.num_parameters() - head,
-                "precision": "bfloat16" if BF16 else "float32",
+                "precision": PRECISION,
                 "matmul_gflops": matmul_rate(model.device, clock),
                 "threads": torch.get_num_threads(),
                 "profile": stages.shares,

@@ -39,7 +39,8 @@ class Rlme:
     """`rlme ARGUMENTS` at work."""
 
     def __init__(self, *arguments: str) -> None:
-        self.errors = Path(tempfile.mkdtemp()) / "stderr"
+        self._stderr = tempfile.NamedTemporaryFile()  # noqa: SIM115  # gone with this object
+        self.errors = Path(self._stderr.name)
         self.process = BORN.Process(target=run_rlme, args=(arguments, str(self.errors)), daemon=True)
         self.process.start()
 

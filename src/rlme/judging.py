@@ -108,10 +108,7 @@ def plan_questions(evaluator: Evaluator, questions: Sequence[Question], judging:
                 f"question {question.name!r}: its template is for chat, but evaluator {evaluator.name!r} is asked by "
                 "text: use a template of kind text (paper, reply), or style: chat"
             )
-        name = question.readout or judging.readout
-        reason = name == "reason"
-        if reason:
-            name = judging.reason_then
+        name, reason = _readout_name(question, judging)
         if name == "auto":
             name = "marker" if template.kind == "text" else "yes_no"
         readout = READOUTS[name].with_labels(question.labels)
@@ -145,8 +142,7 @@ def check_templates(questions: Sequence[Question], judging: Judging, columns: Se
     for question in questions:
         where = f"question {question.name!r}"
         check_variables(question.ask, known - {"question", "previous"}, where=where)
-        if question.labels and "scale" in _readouts(question, judging):
-            raise InputError(f"{where}: `labels` cannot be read out as a scale: choose another `readout`")
+        _readout_name(question, judging)
         for chat in (False, True):
             template = find_template(question.template or judging.template, chat=chat)
             check_variables(template.text, known, where=f"{where}, template")
@@ -166,10 +162,17 @@ def check_templates(questions: Sequence[Question], judging: Judging, columns: Se
                 )
 
 
-def _readouts(question: Question, judging: Judging) -> tuple[str, ...]:
-    """The read-outs a question uses: a critique is followed by another."""
+def _readout_name(question: Question, judging: Judging) -> tuple[ReadoutName, bool]:
+    """What a question's answer is read with (auto: not settled yet), and whether a critique comes before it."""
     name = question.readout or judging.readout
-    return (name, judging.reason_then) if name == "reason" else (name,)
+    reason = name == "reason"
+    if reason:
+        name = judging.reason_then
+    if question.labels and name == "scale":
+        raise InputError(
+            f"question {question.name!r}: `labels` cannot be read out as a scale: choose another `readout`"
+        )
+    return name, reason
 
 
 def judge(

@@ -158,11 +158,9 @@ class Readout:
         return expected, expected / 4
 
     def with_labels(self, labels: Sequence[str]) -> Readout:
-        """The same read-out of other answers; none: as it is. `InputError` for a scale."""
+        """The same read-out of other answers; none: as it is. Not for a scale, whose answers are numbers."""
         if not labels:
             return self
-        if self.name == "scale":
-            raise InputError("`labels` cannot be read out as a scale, whose answers are the numbers from 0 to 4")
         if self.name == "marker":
             wrapped = [f"{MARKER}{label}{MARKER}" for label in labels]
             return replace(self, labels={label: (label + MARKER,) for label in labels}, reply_format=either(wrapped))

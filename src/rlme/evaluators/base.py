@@ -16,7 +16,8 @@ class Evaluator(Protocol):
     `Failure`. They raise `InputError` for what a user has to mend (a missing chat template, a model that is not there).
 
     One that is asked elsewhere may also have `begin(requests, *, max_tokens=None)`: start asking about one completion
-    without waiting; the next `logprobs` (with `max_tokens`: `write`) that asks the same finds it under way.
+    without waiting; the next `logprobs` (with `max_tokens`: `write`) that asks the same finds it under way. One whose
+    tokenizer is here has `control_tokens`, a pattern: what of an answer must not reach it (`rlme.control_tokens`).
     """
 
     name: str
