@@ -6,7 +6,8 @@
     python benchmarks/run.py --model DIR --out FILE
 
 The sides run in processes of their own, one after another in turns, so that a machine that slows down slows both.
-Ratios are medians over pairs of steps. Run it on a machine that does nothing else.
+Ratios are medians over pairs of steps. Run it on a machine that does nothing else. Workloads that are done are kept in
+FILE.part beside the page until it is written: the same command goes on there, and measures what was cut short anew.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import statistics
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from workloads import UNCOUNTED, WORKLOADS
+
+from rlme.folders import replace_file
 
 HERE = Path(__file__).resolve().parent
 STAGES = ("sample", "judge", "update", "step")
@@ -67,6 +72,29 @@ def run_script(
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
+
+
+class Finished:
+    """What a long run has measured so far, in a file, for one that goes on after it was killed."""
+
+    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
+        self.path = path
+        self.known: dict[str, Any] = {"settings": settings}
+        if path and path.exists() and (known := json.loads(path.read_text()))["settings"] == settings:
+            self.known = known
+
+    def measured(self, what: str, measure: Callable[[], Any]) -> Any:
+        """The numbers of this name: those in the file, or else new ones, which it then holds."""
+        if what not in self.known:
+            self.known[what] = measure()
+            if self.path:
+                replace_file(self.path, json.dumps(self.known))
+        return self.known[what]
+
+    def forget(self) -> None:
+        """The file is not needed any more."""
+        if self.path:
+            self.path.unlink(missing_ok=True)
 
 
 def sides_of(name: str, *, alone: bool) -> tuple[str, ...]:
@@ -173,13 +201,18 @@ def processor() -> str:
     return (names or [platform.processor() or platform.machine()])[0]
 
 
+def machine() -> dict[str, str]:
+    """What numbers of one page have in common."""
+    packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "trl"))
+    return {"machine": f"{processor()}, {os.cpu_count()} cores", "packages": packages}
+
+
 def document(
     results: dict[str, dict[str, Any]], profiles: dict[str, Any], further: dict[str, Any], options: argparse.Namespace
 ) -> str:
     """BENCHMARKS.md."""
     w1 = results["w1"]
-    packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "trl"))
-    machine = w1["gpu"] or f"{processor()}, {os.cpu_count()} cores"
+    setting = machine()
     clock = "wall clock" if options.clock == "wall" else "processor time of the process"
     kept, judged = w1["stages"]["step"], w1["stages"]["judge"]
     kinds = list(dict.fromkeys(kind for shares in profiles.values() for kind in shares))
@@ -204,7 +237,7 @@ def document(
     )
     return f"""# Benchmarks
 
-Written by `python benchmarks/run.py`; do not edit. Machine: {machine}; {packages};
+Written by `python benchmarks/run.py`; do not edit. Machine: {w1["gpu"] or setting["machine"]}; {setting["packages"]};
 model {options.model}; {clock}, {options.threads or "all"} threads; medians of {options.repeats} x {options.steps}
 steps (w1; one step of the others), after {UNCOUNTED} steps that are not counted, sides in turns. Matrix
 products in {w1["precision"]} were measured at {w1["matmul_gflops"]:.0f} GFLOP/s.
@@ -283,32 +316,44 @@ def main() -> None:
     results: dict[str, dict[str, Any]] = {}
     profiles: dict[str, Any] = {}
     further: dict[str, Any] = {}
-    plan = [  # w1 again at the end: a slow quarter of an hour of the machine should not hit all its repeats
-        (name, side)
+    rounds = [  # w1 again at the end: a slow quarter of an hour of the machine should not hit all its repeats
+        (repeat, name)
         for repeat in range(options.repeats)
         for name in chosen
         if repeat == 0 or name == "w1" or options.workload
-        for side in sides_of(name, alone=options.workload is not None)
     ]
+    part = options.out.with_name(options.out.name + ".part")
+    finished = Finished(None if options.workload else part, vars(options) | {"json": None, "out": None} | machine())
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        task = progress.add_task("", total=len(plan) + ("w1" in chosen) + (0 if options.workload else 3))
+        total = sum(len(sides_of(name, alone=bool(options.workload))) for _, name in rounds)
+        task = progress.add_task("", total=total + ("w1" in chosen) + (0 if options.workload else 3))
+
+        def take_turns(name: str) -> dict[str, Any]:
+            """One run of each side."""
+            results = {}
+            for side in sides_of(name, alone=bool(options.workload)):
+                progress.update(task, description=f"{name}: {side}")
+                results[side] = done = run_side(side, name, options.steps if name == "w1" else 1, options)
+                seconds = ({stage: round(s, 1) for stage, s in step["seconds"].items()} for step in done["steps"])
+                progress.print(f"{name}, {SIDES[side]}:", *seconds)
+                progress.advance(task)
+            return results
+
         runs: dict[str, dict[str, list[dict[str, Any]]]] = {}
-        for name, side in plan:
-            progress.update(task, description=f"{name}: {side}")
-            done = run_side(side, name, options.steps if name == "w1" else 1, options)
-            runs.setdefault(name, {}).setdefault(side, []).append(done)
-            seconds = ({stage: round(s, 1) for stage, s in step["seconds"].items()} for step in done["steps"])
-            progress.print(f"{name}, {SIDES[side]}:", *seconds)
-            progress.advance(task)
+        for repeat, name in rounds:
+            for side, done in finished.measured(f"{name} {repeat}", partial(take_turns, name)).items():
+                runs.setdefault(name, {}).setdefault(side, []).append(done)
+            progress.update(task, completed=sum(len(of_side) for sides in runs.values() for of_side in sides.values()))
         results = {name: summarise(sides) for name, sides in runs.items()}
         if "w1" in chosen:
             progress.update(task, description="a further question")
-            further = run_script("further_question.py", [], options, {})
+            further = finished.measured("further", lambda: run_script("further_question.py", [], options, {}))
             progress.advance(task)
         for stage in () if options.workload else STAGES[:3]:
             progress.update(task, description=f"profile: {stage}")
-            profiles[stage] = run_side("ours", "w1", 1, options, "--profile", stage)["profile"]
+            profiled = finished.measured(stage, partial(run_side, "ours", "w1", 1, options, "--profile", stage))
+            profiles[stage] = profiled["profile"]
             progress.advance(task)
     if options.json:
         measured = {"workloads": results, "further_question": further, "profiles": profiles}
@@ -319,6 +364,7 @@ def main() -> None:
             print(question_table(further["questions"]))
     else:
         options.out.write_text(document(results, profiles, further, options))
+        finished.forget()
         print(f"wrote {options.out}")
 
 
