@@ -26,11 +26,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from workloads import UNCOUNTED, WORKLOADS
 
 from rlme.folders import replace_file
+from rlme.models import fast_bfloat16
 
 HERE = Path(__file__).resolve().parent
 STAGES = ("sample", "judge", "update", "step")
@@ -38,6 +40,7 @@ STAGES = ("sample", "judge", "update", "step")
 BARS = {"sample": 1.5, "judge": 6.0, "update": 3.0, "step": 3.5}
 # What `rlme.memory.keep_freed_memory` sets, as its user would have to give it to another program.
 KEPT = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**63 - 1)}
+SPARE = 2**30  # bytes of memory that a side has to leave to the machine
 SMALL = 2  # rows of a training pass: of 1, 2, 4, 8, 16 and 32 TRL's fastest update on two cores
 SIDES = {
     "ours": "ours",
@@ -67,10 +70,21 @@ def run_script(
     if options.threads:
         command += ["--threads", str(options.threads)]
         environment["OMP_NUM_THREADS"] = str(options.threads)
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    starved = False
+    while True:
+        try:
+            output, errors = process.communicate(timeout=0.2)
+            break
+        except subprocess.TimeoutExpired:
+            if psutil.virtual_memory().available < SPARE:
+                starved = True
+                process.kill()  # before the system does, which may choose another process
+    if starved or "OutOfMemoryError" in errors:
+        raise MemoryError(f"{' '.join(command)} needs more memory than there is")
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{errors[-3000:]}")
+    result: dict[str, Any] = json.loads(output.splitlines()[-1])
     return result
 
 
@@ -204,7 +218,10 @@ def processor() -> str:
 def machine() -> dict[str, str]:
     """What numbers of one page have in common."""
     packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "trl"))
-    return {"machine": f"{processor()}, {os.cpu_count()} cores", "packages": packages}
+    return {
+        "machine": f"{processor()}, {os.cpu_count()} cores{'' if fast_bfloat16() else ' (without bfloat16)'}",
+        "packages": packages,
+    }
 
 
 def document(
@@ -230,8 +247,15 @@ def document(
         precision = "float32 weights, bfloat16 autocast, evaluators in bfloat16"
     else:
         precision = "float32, as the machine has no bfloat16 products in hardware"
+    starved = [
+        f"{SIDES[side]} on {name}"
+        for name, summary in results.items()
+        for side in sides_of(name, alone=False)
+        if side not in summary["peak_gib"]
+    ]
+    missing = f"Not measured: {', '.join(starved)}, which need more memory than there is.\n\n" if starved else ""
     in_full = "\n".join(
-        f"### {name}\n\n{stage_table(summary, sides_of(name, alone=False))}"
+        f"### {name}\n\n{stage_table(summary, tuple(summary['peak_gib']))}"
         for name, summary in results.items()
         if name != "w1"
     )
@@ -290,7 +314,7 @@ could still remove.
 
 A group of one is not among them: it has no advantage, and TRL refuses it.
 
-## The same with sharing off: its time over ours
+{missing}## The same with sharing off: its time over ours
 
 {ratio_table(results, "off")}
 ## Other workloads in full
@@ -330,14 +354,21 @@ def main() -> None:
         task = progress.add_task("", total=total + ("w1" in chosen) + (0 if options.workload else 3))
 
         def take_turns(name: str) -> dict[str, Any]:
-            """One run of each side."""
-            results = {}
+            """One run of each side; None for one that needs more memory than there is."""
+            results: dict[str, Any] = {}
             for side in sides_of(name, alone=bool(options.workload)):
                 progress.update(task, description=f"{name}: {side}")
-                results[side] = done = run_side(side, name, options.steps if name == "w1" else 1, options)
+                try:
+                    results[side] = done = run_side(side, name, options.steps if name == "w1" else 1, options)
+                except MemoryError as error:
+                    if side == "ours" or name == "w1":  # what everything is compared with
+                        raise SystemExit(str(error)) from None
+                    results[side] = None
+                    continue
+                finally:
+                    progress.advance(task)
                 seconds = ({stage: round(s, 1) for stage, s in step["seconds"].items()} for step in done["steps"])
                 progress.print(f"{name}, {SIDES[side]}:", *seconds)
-                progress.advance(task)
             return results
 
         runs: dict[str, dict[str, list[dict[str, Any]]]] = {}
@@ -345,7 +376,10 @@ def main() -> None:
             for side, done in finished.measured(f"{name} {repeat}", partial(take_turns, name)).items():
                 runs.setdefault(name, {}).setdefault(side, []).append(done)
             progress.update(task, completed=sum(len(of_side) for sides in runs.values() for of_side in sides.values()))
-        results = {name: summarise(sides) for name, sides in runs.items()}
+        results = {
+            name: summarise({side: done for side, done in sides.items() if None not in done})
+            for name, sides in runs.items()
+        }
         if "w1" in chosen:
             progress.update(task, description="a further question")
             further = finished.measured("further", lambda: run_script("further_question.py", [], options, {}))
@@ -359,7 +393,7 @@ def main() -> None:
         measured = {"workloads": results, "further_question": further, "profiles": profiles}
         options.json.write_text(json.dumps(measured, indent=2) + "\n")
     if options.workload:
-        print(stage_table(results[options.workload], sides_of(options.workload, alone=True)))
+        print(stage_table(results[options.workload], tuple(results[options.workload]["peak_gib"])))
         if further:
             print(question_table(further["questions"]))
     else:

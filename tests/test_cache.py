@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rlme.errors import InputError
+from rlme.errors import InputError, RunStopped
 from rlme.evaluators.base import Evaluator
 from rlme.evaluators.cache import CachedEvaluator, JudgeCache, model_identity, read_stats
 from rlme.judgement import Answer, Failure, Message, Request
@@ -248,3 +248,19 @@ def test_identity_follows_the_weights(tmp_path: Path) -> None:
     before = model_identity(str(tmp_path))
     weights.write_bytes(b"2")
     assert model_identity(str(tmp_path)) != before
+
+
+def test_what_was_answered_before_a_stop_is_kept(tmp_path: Path) -> None:
+    evaluator, inner = cached(tmp_path / "c.sqlite")
+    plain = inner.logprobs
+
+    def stops(requests: Sequence[Request]) -> list[Answer]:
+        found = plain(requests)
+        raise RunStopped("max_cost", answered={i: found[i] for i in (0, 3, 4)})
+
+    inner.logprobs = stops  # type: ignore[method-assign]
+    with pytest.raises(RunStopped, match="max_cost"):
+        evaluator.logprobs(REQUESTS)
+    evaluator, inner = cached(tmp_path / "c.sqlite")
+    evaluator.logprobs(REQUESTS)
+    assert inner.asked == [r for i, r in enumerate(REQUESTS) if i not in (0, 3, 4)]

@@ -444,3 +444,38 @@ def test_tokens_are_estimated_before_they_are_spent(token_server: Any, monkeypat
 def test_bad_configuration(bad: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         EndpointConfig(**bad)
+
+
+def test_calls_under_way_at_a_stop_are_booked() -> None:
+    with fake.fake_endpoint("vllm_ids") as server:
+        judge = evaluator(server, concurrency=4, prices=Prices(input=10.0))
+        judge.logprobs([ask("spell")])  # labels are known now
+        before, calls = judge.account.tokens_in, judge.account.calls
+        server.delay = 0.5
+        judge.begin([ask(f"{i}?") for i in range(4)])
+        deadline = time.monotonic() + 5
+        while judge.account.calls == calls and time.monotonic() < deadline:
+            time.sleep(0.01)
+        judge.call_off()
+        assert judge.account.calls == calls + 1
+        assert judge.account.tokens_in == before + len("0?") and judge.account._reserved == 0
+        judge.close()
+
+
+def test_what_was_answered_comes_with_the_stop() -> None:
+    with fake.fake_endpoint("vllm_ids") as server:
+        judge = evaluator(server, prices=Prices(input=10.0), max_cost=0.02, concurrency=1)
+        requests = [ask(f"{i:099}", "YES") for i in range(50)]
+        with pytest.raises(RunStopped, match="max_cost") as stopped:
+            judge.logprobs(requests)
+        answered = stopped.value.answered
+        assert 0 < len(answered) < 50
+        assert all(answer.logprobs is not None for answer in answered.values())
+        judge.close()
+
+
+def test_the_probe_counts_for_the_cap() -> None:
+    with fake.fake_endpoint("vllm_ids") as server:
+        config = EndpointConfig(base_url=server.url, prices=Prices(input=10.0), max_cost=0.01)
+        with pytest.raises(RunStopped, match="max_cost"):
+            EndpointEvaluator(config, spent_before=0.01)

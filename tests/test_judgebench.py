@@ -328,7 +328,7 @@ def test_recorded_verdicts_missing_and_malformed(tmp_path):
     assert found["llmbar"]["correct_False"] == "2 / 4 = 50.0%"
     assert "auroc" not in found["metrics"]
     rows[1]["x_verdicts"]["True"] = "both"
-    with pytest.raises(InputError, match="row 1: 'x_verdicts' has the verdict 'both'; expected 1, 2 or null"):
+    with pytest.raises(InputError, match="row 2: 'x_verdicts' has the verdict 'both'; expected 1, 2 or null"):
         load_recorded(write_rows(tmp_path / "y.jsonl", rows))
     with pytest.raises(InputError, match="no recorded verdicts"):
         load_recorded(write_rows(tmp_path / "z.jsonl", [pair(0)]))

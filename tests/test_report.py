@@ -256,7 +256,7 @@ def test_the_judged_part_of_a_reward_is_shown_where_it_is(tmp_path: Path) -> Non
     [
         {"judge/x/y/failures/timeout": "many", "judge/x/y/mass": "low"},
         {"reward": int("9" * 400), "time/step": True},
-        {"reward": 1e308, "cost/total": -1e308, "alarm": 5},
+        {"reward": 1e308, "cost/step": -1e308, "alarm": 5},
         {"reward": float("nan"), "completions/mean_tokens": [1]},
     ],
 )

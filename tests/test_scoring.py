@@ -528,3 +528,50 @@ def test_what_is_said_of_a_text_does_not_depend_on_longer_ones(share, budget):
     for row, text in zip(logps, (short, long), strict=True):
         alone_, _ = completion_logps(model, [text[:10]], [text[10:]], share=share)
         torch.testing.assert_close(row[: len(text) - 10], alone_[0], atol=1e-4, rtol=0)
+
+
+def test_a_context_that_ends_inside_what_sampling_held(tiny_model_dirs):
+    """Its last token is computed, what is held of others on both sides of it is not."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dirs["llama"])
+    known = KeyValues()
+    (first, second), *_ = sample(model, [[5, 6, 7, 8]], 2, max_new_tokens=6, eos_token_ids=[], keep=known)
+    a, b = [5, 6, 7, 8, *first.ids], [5, 6, 7, 8, *second.ids]
+    contexts = [[*a[:9], 50], [5, 6, 7, 8], b[:7], [*a[:6], 1, 2]]
+    continuations = [[[9]], [[34, 35]], [[3, 4], [5]], [[1, 2, 3]]]
+    reused, few = continuation_logprobs(model, contexts, continuations, known=known)
+    whole, many = continuation_logprobs(model, contexts, continuations)
+    assert few < many
+    for row, expected in zip(reused, whole, strict=True):
+        assert row == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_changed_attention_is_noticed(tiny_model_dirs):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dirs["llama"], attn_implementation="sdpa")
+    request = [[1, 2, 3, 4], [1, 2, 3, 5]], [[[6]], [[7]]]
+    before, _ = continuation_logprobs(model, *request)
+    model.set_attn_implementation("sdpa")
+    drawn = sample(model, [[1, 2, 3]], 2, max_new_tokens=3, temperature=0.0, eos_token_ids=[])
+    model.set_attn_implementation("eager")
+    assert (
+        sample(model, [[1, 2, 3]], 2, max_new_tokens=3, temperature=0.0, eos_token_ids=[])[0][0].ids == drawn[0][0].ids
+    )
+    for row, expected in zip(continuation_logprobs(model, *request)[0], before, strict=True):
+        assert row == pytest.approx(expected, abs=1e-5)
+
+
+def test_an_lm_head_in_float32_under_autocast(tiny_model_dirs, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dirs["llama"])
+    plain, seen = lm_head._tile, []
+
+    def tile(hidden, weight, bias):
+        seen.append((hidden.dtype, weight.dtype))
+        return plain(hidden, weight, bias)
+
+    monkeypatch.setattr(lm_head, "_tile", tile)
+    for exact, dtype in ((True, torch.float32), (False, torch.bfloat16)):
+        completion_logps(model, [[5, 6, 7]], [[8, 9]])  # the comparison of both ways
+        seen.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            logps, _ = completion_logps(model, [[5, 6, 7]] * 2, [[8, 9, 10], [11, 12]], float32_head=exact)
+        logps.sum().backward()
+        assert seen == [(dtype, dtype)]

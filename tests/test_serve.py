@@ -363,3 +363,11 @@ def test_cache_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert json.loads(table.read_text())["by_evaluator"] == {"m@1": 2}
     cache_clear(path)
     assert "2 answers forgotten" in capsys.readouterr().out
+
+
+def test_an_outage_is_everybodys() -> None:
+    judge = Judge(delay=0.05)
+    with serving(judge) as server, ThreadPoolExecutor(20) as pool:
+        replies = list(pool.map(lambda i: server.call("POST", "/score", {"items": [item(f"stop {i}")]}), range(20)))
+        assert {status for status, _, _ in replies} == {503}
+    assert len(judge.batches) < 12  # each batch is tried once whole and twice in part

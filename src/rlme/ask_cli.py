@@ -70,7 +70,7 @@ def ask(
     from rlme.commands import read_config
     from rlme.errors import InputError
     from rlme.evaluators.build import make_judging, make_questions
-    from rlme.judging import check_templates
+    from rlme.judging import check_templates, readout_name
     from rlme.questions import Question
     from rlme.result_files import check_writable
 
@@ -81,10 +81,12 @@ def ask(
     if not questions:
         raise InputError("there is no question: the configuration has none, and no --ask was given")
     variants = _variants(make_judging(settings.judging), template or [], readout or [])
+    for variant in variants:  # as far as it can be known without the columns, before models are loaded
+        for question in questions:
+            readout_name(question, variant)
     groups, evaluators = _load(settings, data, completion, label, prompts, samples, console)
-    columns = sorted({name for group in groups for c in group for name in c.sample.columns})
     for variant in variants:
-        check_templates(questions, variant, columns)
+        check_templates(questions, variant, _columns(groups))
     with _bar(console) as bar:
         task = bar.add_task("asking", total=len(variants) * len(evaluators) * len(groups))
         asked = asking.ask(
@@ -101,8 +103,10 @@ def select(
     data: DataFile = None,
     completion: CompletionColumn = "completion",
     label: LabelColumn = None,
-    prompts: Prompts = 64,
-    samples: Samples = 4,
+    prompts: Annotated[
+        int | None, typer.Option(min=1, help="Prompts to use. Default: all of --data, 64 to sample for.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=2, max=25, help="Completions to sample for each prompt.")] = 4,
     accuracy: Annotated[
         float | None,
         typer.Option(min=0.0, max=1.0, help="Abstain so that this share of the given answers is right."),
@@ -121,25 +125,34 @@ def select(
 
     from rlme import select as selecting
     from rlme.commands import read_config
+    from rlme.errors import InputError
     from rlme.evaluators.build import make_judging, make_questions
+    from rlme.judging import check_templates
     from rlme.result_files import check_writable
 
     console = Console()
     settings = read_config(config, overrides or [])
     check_writable(output, table, inputs=_inputs(config, settings, data))
+    questions, judging = make_questions(settings.questions), make_judging(settings.judging)
+    if not questions:
+        raise InputError("rlme select needs at least one question in the configuration")
+    if prompts is None and data is None:
+        prompts = 64
     groups, evaluators = _load(settings, data, completion, label, prompts, samples, console)
+    check_templates(questions, judging, _columns(groups))
     selecting.evaluate(groups, [], accuracy=accuracy)  # said before the judging when labels are wanted and missing
     with _bar(console) as bar:
         task = bar.add_task("judging", total=len(evaluators) * len(groups))
         chosen = selecting.choose(
             groups,
-            make_questions(settings.questions),
+            questions,
             evaluators,
             settings.evaluator_weights(),
-            make_judging(settings.judging),
+            judging,
             advance=lambda done: bar.advance(task, done),
         )
     report = selecting.evaluate(groups, chosen, accuracy=accuracy, seed=seed)
+    report.failures = chosen[-1].failures
     _print_selected(report, console)
     if output is not None:
         selecting.write_chosen(groups, chosen, report, output)
@@ -154,6 +167,10 @@ def _inputs(config: str, settings: Config, data: str | None) -> list[str | Path 
     return [find_config(config), settings.data.train, settings.data.eval, data]
 
 
+def _columns(groups: Groups) -> list[str]:
+    return sorted({name for group in groups for candidate in group for name in candidate.sample.columns})
+
+
 def _variants(judging: Any, templates: list[str], readouts: list[str]) -> list[Any]:
     from dataclasses import replace
     from typing import get_args
@@ -165,7 +182,7 @@ def _variants(judging: Any, templates: list[str], readouts: list[str]) -> list[A
         (templates, ("auto", *TEMPLATES), "template"),
         (readouts, get_args(ReadoutName), "readout"),
     ):
-        if wrong := next((name for name in given if name not in known and "{{" not in name), None):
+        if wrong := next((n for n in given if n not in known and not (what == "template" and "{{" in n)), None):
             raise InputError(f"--{what} {wrong!r} is unknown: expected {', '.join(known)}")
     return [
         replace(judging, template=t, readout=r)
@@ -175,7 +192,13 @@ def _variants(judging: Any, templates: list[str], readouts: list[str]) -> list[A
 
 
 def _load(
-    settings: Config, data: str | None, completion: str, label: str | None, prompts: int, samples: int, console: Console
+    settings: Config,
+    data: str | None,
+    completion: str,
+    label: str | None,
+    prompts: int | None,
+    samples: int,
+    console: Console,
 ) -> tuple[Groups, list[Evaluator]]:
     from rlme.candidates import Policy, load_evaluators, needs_policy, read_candidates, sample_candidates
     from rlme.commands import _quiet
@@ -195,7 +218,7 @@ def _load(
             read_candidates(settings, data, completion=completion, label=label, prompts=prompts, tokenizer=tokenizer),
             evaluators,
         )
-    assert policy is not None
+    assert policy is not None and prompts is not None
     with console.status(f"sampling {samples} completions of up to {prompts} prompts"):
         return (
             sample_candidates(settings, policy, prompts=prompts, samples=samples, seed=settings.train.seed),

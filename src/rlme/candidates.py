@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rlme.config import Config
-from rlme.data import Prompt, Rows, build_prompts, load_rows
+from rlme.data import Prompt, Rows, build_prompts, gold_answer, load_rows
 from rlme.errors import InputError
 from rlme.evaluators.base import Evaluator
 from rlme.judgement import Message
 from rlme.judging import Sample
+from rlme.templating import undeclared
 from rlme.verify import extract_answer, same_answer
 
 if TYPE_CHECKING:
@@ -105,10 +106,12 @@ def read_candidates(
         text = record[completion]
         if not isinstance(text, str):
             raise InputError(f"{source}, row {number}: column {completion!r} is {text!r}, expected a text")
-        hidden = {completion, label, data.answer}
+        hidden = {completion, label, *_gold_columns(data.answer, rows.columns)}
         gold = data.answer if label is None else None
         if gold is not None and "{{" not in gold and record.get(gold) in (None, ""):
             gold = None  # whether this completion is right is not known
+        if gold is not None and gold_answer(record, gold, data.answer_format, f"{source}, row {number}") is None:
+            gold = None
         built = build_prompts(
             Rows(rows.source, rows.columns, [record], [number]),
             prompt=data.prompt,
@@ -125,6 +128,13 @@ def read_candidates(
         columns = {k: v for k, v in built.columns.items() if k not in hidden}
         groups.setdefault(key, []).append(_candidate(config, built, text, columns, right, tokenizer))
     return list(groups.values())
+
+
+def _gold_columns(answer: str | None, columns: Sequence[str]) -> set[str]:
+    """What gold is made of: a column, or those that a template shows."""
+    if answer is None or answer in columns:
+        return {answer} if answer else set()
+    return undeclared(answer)
 
 
 def _label(value: Any, source: str, number: int, column: str) -> bool:

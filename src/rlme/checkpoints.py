@@ -73,6 +73,7 @@ class KeepsRollouts(ReadsCheckpoints):
         if checkpoint is None:
             return
         trainer._step = trainer.state.global_step * trainer.args.gradient_accumulation_steps
+        trainer.state.save_steps = trainer.args.save_steps  # the checkpoint's state has that of the start before
         buffer = Path(checkpoint) / f"rollout_buffer_{trainer.accelerator.process_index}.pt"
         if buffer.is_file():
             device = trainer.accelerator.device

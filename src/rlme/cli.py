@@ -53,6 +53,8 @@ def train(
     if (config is None) == (resume is None):
         raise InputError("rlme train needs a configuration file, or --resume RUN (one of the two)")
     if resume is not None:
+        if output is not None:
+            raise InputError("--output names the folder of a new run; --resume goes on in its own")
         from rlme.commands import resume_run
 
         resume_run(resume, overrides or [], table)

@@ -21,6 +21,7 @@ from rlme.config import Config
 from rlme.config_file import apply_overrides, read_yaml, validate
 from rlme.errors import InputError
 from rlme.evaluators.endpoint_config import HOW_IT_IS_CALLED
+from rlme.result_files import check_writable
 
 
 def recipe_files() -> dict[str, Path]:
@@ -83,6 +84,7 @@ def _console() -> Console:
 
 def train_config(name: str, overrides: Sequence[str], output: Path | None, table: Path | None) -> Path:
     """`rlme train CONFIG`."""
+    check_writable(table)
     config = read_config(name, overrides, output)
     from rlme.training.run_folder import RunFolder
 
@@ -111,6 +113,7 @@ RESUMABLE = (
 
 def resume_run(path: Path, overrides: Sequence[str], table: Path | None) -> None:
     """`rlme train --resume RUN`."""
+    check_writable(table)
     from rlme.training.run_folder import RunFolder
 
     folder = RunFolder.open(path)
@@ -179,6 +182,7 @@ def write_starter(path: Path, recipe: str | None) -> None:
 
 def list_recipes(table: Path | None) -> None:
     """`rlme recipes`."""
+    check_writable(table)
     rows = []
     for name, path in recipe_files().items():
         first = path.read_text(encoding="utf-8").split("\n", 1)[0]
@@ -212,5 +216,8 @@ def run_quickstart(output: Path, overrides: Sequence[str], table: Path | None) -
     """`rlme quickstart`: the shipped recipe, then held-out answers before and after, side by side."""
     from rlme.quickstart import before_after_answers
 
+    check_writable(table)
+    if read_config("quickstart", overrides, output).data.eval is None:
+        raise InputError("data.eval is null, expected held-out prompts: quickstart shows answers before and after")
     folder = train_config("quickstart", overrides, output, None)
     before_after_answers(folder, Console(), table)

@@ -145,7 +145,8 @@ class JudgingConfig(Section):
     reason_then: Literal["marker", "yes_no", "scale"] = "yes_no"
     """What is read after the critique."""
     max_context_tokens: int | None = Field(None, ge=16)
-    """Longest context an evaluator is given; a longer one is a failed judgement, never cut. Default: its own limit."""
+    """Longest context an evaluator is given; a longer one is a failed judgement, never cut. Default: its own limit.
+    Not for an endpoint that keeps its tokenizer to itself."""
     cache: str | None = None
     """SQLite file that keeps judgements by model, template and exact text, shared by runs and processes. Never used for
     the live policy, nor for a frozen one whose adapter is switched off."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +26,8 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=deep)  # type: ignore[no-untyped-call]
             line = key_node.start_mark.line + 1
+            if not isinstance(key, Hashable):
+                raise InputError(f"line {line}: YAML reads an unquoted {{ as a mapping; put a template in quotes")
             if isinstance(key, bool):
                 raise InputError(f"line {line}: YAML reads the key {key_node.value!r} as {key}; put it in quotes")
             if key in seen:

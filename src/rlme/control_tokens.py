@@ -20,7 +20,9 @@ COMMON = re.compile(
 def pattern_of(tokenizer: Any) -> re.Pattern[str]:
     """Matches the control tokens of a tokenizer, whatever they look like; words and single characters are none."""
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    tokens = {str(token) for token in tokenizer.all_special_tokens} | {t.content for t in added if t.special}
+    tokens = {str(token) for token in tokenizer.all_special_tokens}
+    # Tokenizers look for all added tokens in text; DeepSeek's mark their turns with some that are not called special.
+    tokens |= {t.content for t in added if t.special or COMMON.fullmatch(t.content)}
     spelled = sorted((t for t in tokens if len(t) > 2 and not t.isalnum()), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, spelled)) or r"(?!)")  # the latter matches nothing
 

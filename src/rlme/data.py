@@ -191,7 +191,7 @@ def build_prompts(
             continue
         gold = None
         if answer is not None:
-            gold = _gold(record, answer, answer_from, f"{rows.source}, row {number}")
+            gold = gold_answer(record, answer, answer_from, f"{rows.source}, row {number}")
             if gold is None:
                 report.without_gold.append(number)
         columns = {name: value for name, value in record.items() if name not in gold_columns}
@@ -272,7 +272,7 @@ def _messages(value: list[Any], where: str) -> Messages:
     return [{"role": message["role"], "content": message["content"]} for message in value]
 
 
-def _gold(record: Mapping[str, Any], answer: str, method: str | None, where: str) -> str | None:
+def gold_answer(record: Mapping[str, Any], answer: str, method: str | None, where: str) -> str | None:
     value = record[answer] if answer in record else render(answer, record, where="data.answer")
     if value is None or value != value:  # NaN is what a float column has for nothing
         return None

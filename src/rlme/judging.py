@@ -8,7 +8,7 @@ The same stage serves training, `rlme ask`, the judge benchmark, best-of-n selec
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,7 +108,7 @@ def plan_questions(evaluator: Evaluator, questions: Sequence[Question], judging:
                 f"question {question.name!r}: its template is for chat, but evaluator {evaluator.name!r} is asked by "
                 "text: use a template of kind text (paper, reply), or style: chat"
             )
-        name, reason = _readout_name(question, judging)
+        name, reason = readout_name(question, judging)
         if name == "auto":
             name = "marker" if template.kind == "text" else "yes_no"
         readout = READOUTS[name].with_labels(question.labels)
@@ -133,16 +133,20 @@ def plan_questions(evaluator: Evaluator, questions: Sequence[Question], judging:
     return plans
 
 
-def check_templates(questions: Sequence[Question], judging: Judging, columns: Sequence[str]) -> None:
+def check_templates(
+    questions: Sequence[Question], judging: Judging, columns: Sequence[str], *, absent: Collection[str] = ()
+) -> None:
     """Refuse, before anything is computed, a template or question that uses a name which is no column or variable, or
-    which is both."""
+    which is both; or a question with one of the `absent`, variables that nothing is known for here."""
     known = {*TEMPLATE_VARIABLES, *columns}
     # Columns `prompt` and `question` are common, and nobody means them: the prompt is made of them.
     both = ({"context", "anchor"} | OF_THE_ANSWER) & set(columns)
     for question in questions:
         where = f"question {question.name!r}"
         check_variables(question.ask, known - {"question", "previous"}, where=where)
-        _readout_name(question, judging)
+        if blank := sorted(undeclared(question.ask) & set(absent)):
+            raise InputError(f"{where}: {{{{ {blank[0]} }}}} is not known here, and it would be asked without it")
+        readout_name(question, judging)
         for chat in (False, True):
             template = find_template(question.template or judging.template, chat=chat)
             check_variables(template.text, known, where=f"{where}, template")
@@ -162,7 +166,7 @@ def check_templates(questions: Sequence[Question], judging: Judging, columns: Se
                 )
 
 
-def _readout_name(question: Question, judging: Judging) -> tuple[ReadoutName, bool]:
+def readout_name(question: Question, judging: Judging) -> tuple[ReadoutName, bool]:
     """What a question's answer is read with (auto: not settled yet), and whether a critique comes before it."""
     name = question.readout or judging.readout
     reason = name == "reason"
@@ -249,7 +253,9 @@ def _requests(evaluator: Evaluator, sample: Sample, plans: Sequence[_Plan], join
             if undeclared(ask):
                 ask = render(ask, variables, where=f"question {plan.question.name!r}")
             requests.append(_request(sample, plan, ask, variables, previous if joint else []))
-            previous.append({"question": ask, "reply": plan.readout.reply(plan.question.target)})
+            readout = plan.readout
+            reply = readout.reply(plan.question.target)
+            previous.append({"question": ask, "reply": reply, "reply_format": readout.reply_format})
         except InputError as error:
             requests.append(Answer.failed(Failure.TEMPLATE, str(error)))
     return requests

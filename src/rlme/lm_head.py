@@ -190,9 +190,10 @@ class LMHead:
         normaliser = torch.full_like(reference, float("-inf"), dtype=torch.float32)
         for start in range(0, len(weight), VOCABULARY_CHUNK):
             part = slice(start, start + VOCABULARY_CHUNK)
-            shift = -reference[:, None] if bias is None else bias[part].to(dtype) - reference[:, None]
-            difference = torch.addmm(shift, hidden, weight[part].to(dtype).t())
-            logits = self._transform(difference.float() + reference[:, None])
+            difference = torch.addmm(-reference[:, None], hidden, weight[part].to(dtype).t()).float()
+            if bias is not None:
+                difference += bias[part].float()
+            logits = self._transform(difference + reference[:, None])
             # log sum exp, at a tenth of the time that `logsumexp` takes on a CPU
             part_sum = logits.amax(-1) - logits.log_softmax(-1).amax(-1)
             normaliser = torch.logaddexp(normaliser, part_sum)

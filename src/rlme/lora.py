@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def lora_arguments(lora: LoraConfig | None, model: PreTrainedModel) -> Any:
         skeleton = type(model)(copy.deepcopy(model.config))
         try:
             peft.get_peft_model(skeleton, copy.deepcopy(arguments))
-        except ValueError as error:
+        except (ValueError, re.error) as error:
             linear = (torch.nn.Linear, Conv1D)
             names = {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, linear)}
             raise InputError(

@@ -38,6 +38,9 @@ class MathWorker:
                 answer = process.stdout.readline()
             except BrokenPipeError:
                 answer = ""
+            except BaseException:  # interrupted: the answer to this would be read as the next one's
+                self.close()
+                raise
             if not answer:  # it ended itself
                 self.close()
             return answer == "1\n"

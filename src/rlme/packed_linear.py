@@ -58,8 +58,8 @@ def _groups(model: nn.Module) -> Iterator[list[nn.Linear]]:
 
 
 def _packs(module: nn.Module) -> bool:
-    # Only the class itself: what derives from it may read the weight in ways of its own.
-    if type(module) is not nn.Linear or "forward" in vars(module):
+    # Only the classes themselves: what derives from them (quantised weights, too) may be read in ways of its own.
+    if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter or "forward" in vars(module):
         return False
     weight = module.weight
     return weight.device.type == "cpu" and len(weight) >= NARROW and _available(weight.dtype)

@@ -122,11 +122,12 @@ def without_known(row: TreeRow, known: Sequence[Ints], held: int) -> TreeRow:
     where[new] = held + np.arange(int(new.sum()))
     runs = []
     for run in row.runs:
-        skipped = int((~new[run.start : run.stop]).sum())  # what is known of a sequence is its beginning
-        if run.start + skipped < run.stop:
-            start = int(where[run.start + skipped])
-            stop = int(where[run.stop - 1]) + 1
-            runs.append(Run(start, stop, run.shared + skipped, where[run.path]))
+        # Known is the beginning of a sequence, but another may want a token in the middle of it computed.
+        edges = np.flatnonzero(np.diff(new[run.start : run.stop].astype(np.int8), prepend=0, append=0))
+        for first, last in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
+            start = int(where[run.start + first])
+            path = where[run.path[: run.shared + last]]
+            runs.append(Run(start, start + last - first, run.shared + first, path))
     return TreeRow(row.tokens[new], row.positions[new], [where[path] for path in row.paths], runs)
 
 

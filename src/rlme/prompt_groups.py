@@ -19,13 +19,20 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from rlme.tree_attention import PASS_ERRORS, device_of, difference, install, tree_unsupported_reason
+from rlme.tree_attention import (
+    PASS_ERRORS,
+    attention_of,
+    device_of,
+    difference,
+    install,
+    tree_unsupported_reason,
+)
 
 GROWTH = 32  # tokens of room added when a cache layer is full: all of it is read at each step
 COPIED = 256  # tokens of a prompt up to which a copy for each row is faster (32 rows on a CPU: up to 400)
 CHECK_TOKENS = 256  # a model's first use compares all ways on a prompt of at most this length
 
-_checked: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+_checked: WeakKeyDictionary[PreTrainedModel, dict[str, bool]] = WeakKeyDictionary()
 
 
 class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -233,7 +240,9 @@ def may_attend(model: PreTrainedModel, prompt: Sequence[int]) -> bool:
 
     The model is as it will be used: in evaluation mode, with the weights it samples with.
     """
-    if model not in _checked:
+    known = _checked.setdefault(model, {})
+    attention = attention_of(model)  # which may be changed between two calls
+    if attention not in known:
         reason = tree_unsupported_reason(model)
         layers = {type(layer) for layer in roomy_cache(model).layers}
         if reason is None and layers != {RoomyLayer}:
@@ -247,8 +256,10 @@ def may_attend(model: PreTrainedModel, prompt: Sequence[int]) -> bool:
                     f"model's own attention reads it (correct, but slower): {reason}",
                     stacklevel=2,
                 )
-        _checked[model] = reason is None
-    return _checked[model]
+        known[attention] = reason is None
+    if known[attention]:
+        install(model)
+    return known[attention]
 
 
 def _disagreement(model: PreTrainedModel, prompt: list[int]) -> str | None:

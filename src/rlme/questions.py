@@ -54,7 +54,7 @@ REPLY = Template(
     "text",
     "Message: {{ prompt }}\n"
     'Reply: "{{ completion | trim }}"\n' + _ANCHOR + "\n"
-    "{% for q in previous %}Question: {{ q.question }} ({{ reply_format }})\nAnswer: {{ q.reply }}\n\n{% endfor %}"
+    "{% for q in previous %}Question: {{ q.question }} ({{ q.reply_format }})\nAnswer: {{ q.reply }}\n\n{% endfor %}"
     "Question: {{ question }} ({{ reply_format }})\n"
     "Answer:",
 )
@@ -168,6 +168,8 @@ class Readout:
 
     def reply(self, target: str) -> str:
         """The full text of a given answer, as it stands in a joint block."""
+        if self.name == "scale":
+            return RATINGS[-1] if target == "YES" else RATINGS[0]
         return f"{MARKER}{target}{MARKER}" if self.name == "marker" else target
 
 

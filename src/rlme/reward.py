@@ -82,7 +82,7 @@ class MetaReward:
         evaluator_weights: v_j of eq. 3; by default 1/J each, so that an ensemble is a mean.
         judging: template, read-out, joint or separate.
         mode, combine, rlvr_weight, rlme_weight: see `RewardConfig`. `normalized` normalises within the whole batch.
-        functions: reward functions of your own (TRL's contract), by name: a function, or (function, weight). What they
+        functions: reward functions of your own (as TRL's), by name: a function, or (function, weight). What they
             return is added to the reward as it is, times the weight; with weight 0 it is only measured. The mean of
             each is the metric function/<name>.
         answer: dataset column with the known answer. It is used for `rlvr`, for rows whose column `anchored` is true
@@ -222,6 +222,10 @@ class MetaReward:
         samples, golds = self._samples(prompts, completions, completion_ids, trainer, columns)
         evaluators = self.evaluators(trainer) if self.questions else []
         accelerator = getattr(trainer, "accelerator", None)
+        values: list[dict[str, float | None]] = []
+        if self.functions:  # before anything is asked: a mistake in one of them then costs no judging
+            given = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+            values = call_functions(self.functions, len(samples), **given)
         judgements: list[list[Judgement]] = [[] for _ in samples]
         if self.questions:
             with stopping_together(accelerator):
@@ -263,8 +267,6 @@ class MetaReward:
             )
         rewards = self._combine(judgements, [r["correct"] for r in self.rows], trainer)
         if self.functions:
-            given = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
-            values = call_functions(self.functions, len(samples), **given)
             rewards = [add_functions(r, v, self.functions) for r, v in zip(rewards, values, strict=True)]
             for row, found in zip(self.rows, values, strict=True):
                 row["functions"] = found

@@ -102,6 +102,8 @@ def _read_json(path: Path, limit: int | None) -> list[tuple[int, Any]]:
         records = json.loads(_read_text(path))
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {error.lineno}: {_bad_json(error)}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: it cannot be read ({error}).") from None
     if not isinstance(records, list):
         raise InputError(f"{path}: expected a list of objects, found {type(records).__name__}.")
     return [(n, _object(record, f"{path}, row {n}")) for n, record in enumerate(records[:limit], start=1)]

@@ -26,6 +26,7 @@ from rlme.load_balance import RouterLogits
 from rlme.prefix_tree import Ints, shared_length
 from rlme.tree_attention import (
     PASS_ERRORS,
+    attention_of,
     causal_lm,
     check_adapter,
     device_of,
@@ -39,7 +40,7 @@ from rlme.tree_attention import (
 CHECK_TOKENS = 512  # the first use of a model compares both paths on a sample of about this many tokens
 LAYER_WEIGHTS, LAYER_SIZE = 14, 1 << 26  # and the gradients of as many: seven projections with two factors each
 
-_checked: WeakKeyDictionary[PreTrainedModel, dict[bool, str | None]] = WeakKeyDictionary()
+_checked: WeakKeyDictionary[PreTrainedModel, dict[tuple[bool, str], str | None]] = WeakKeyDictionary()
 _reusable: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
@@ -139,6 +140,7 @@ def completion_logps(
     token_budget: int | None = None,
     share: bool = True,
     routers: RouterLogits | None = None,
+    float32_head: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities (and entropies) of completion tokens, differentiable: one forward pass for one pack
     of rows.
@@ -146,7 +148,7 @@ def completion_logps(
     Row b is `prompt_ids[b]` followed by `completion_ids[b]`, both without padding; a completion may be empty.
     Returns float32 tensors [B, C] where C is the longest completion, zero beyond a row's own length: what
     TRL's `_compute_loss` expects. Logits are divided by `temperature` first. The prompt of a group is
-    computed once; no full logits tensor exists. Autocast is the caller's.
+    computed once; no full logits tensor exists. Autocast is the caller's; `float32_head` keeps it from the LM head.
 
     With a `token_budget` (for passes without gradient) the rows are computed in packs; with gradients, plan
     packs with `plan_rows` and call backward after each, otherwise all their activations are held at once.
@@ -177,7 +179,9 @@ def completion_logps(
         where.extend(b * longest + torch.arange(len(completions[b])) for b in pack)
         read = torch.from_numpy(np.concatenate(reads)).to(forward.hidden.device)
         wanted = torch.tensor(targets, dtype=torch.long)
-        filled.append(head.logps(forward.hidden.index_select(0, read), wanted, temperature, compute_entropy))
+        hidden = forward.hidden.index_select(0, read)
+        with torch.autocast(hidden.device.type, enabled=False) if float32_head else nullcontext():
+            filled.append(head.logps(hidden.float() if float32_head else hidden, wanted, temperature, compute_entropy))
     index = torch.cat(where) if where else torch.empty(0, dtype=torch.long)
 
     def padded(values: list[Tensor]) -> Tensor:
@@ -219,22 +223,25 @@ def _head(model: nn.Module, sequences: Sequence[Sequence[int]], *, share: bool) 
 def _may_share(model: nn.Module, sequences: Sequence[Sequence[int]], *, gradient: bool) -> bool:
     """Whether sharing is exact for this model: reasons known beforehand, then both paths compared, once."""
     inner = causal_lm(model)
+    check_adapter(model)
     known = _checked.setdefault(inner, {})
-    if gradient not in known:
-        check_adapter(model)
+    attention = attention_of(inner)  # which may be changed between two calls
+    if (gradient, attention) not in known:
         reason = tree_unsupported_reason(model)
         if reason is None:
             install(model)
             if not sequences:
                 return True  # nothing can be compared: ask again next time
             reason = _disagreement(model, _sample(sequences), gradient=gradient)
-        known[gradient] = reason
+        known[gradient, attention] = reason
         if reason is not None:
             warnings.warn(
                 f"{type(inner).__name__}: prefixes are not shared (correct, but slower): {reason}",
                 stacklevel=3,
             )
-    return known[gradient] is None
+    if known[gradient, attention] is None:
+        install(model)
+    return known[gradient, attention] is None
 
 
 def _may_reuse(model: nn.Module, sequence: Sequence[int], known: KeyValues, places: Ints) -> bool:

@@ -42,6 +42,8 @@ class Chosen:
     name: str
     evaluator: str
     choices: list[Choice]
+    failures: dict[str, int] = field(default_factory=dict)
+    """Judgements that failed, by kind."""
 
 
 @dataclass
@@ -87,6 +89,8 @@ class Report:
     wanted: float | None = None
     unlabelled: str = ""
     """Why nothing is measured; empty when it is."""
+    failures: dict[str, int] = field(default_factory=dict)
+    """Judgements of the questions that failed, by kind."""
 
     def json(self) -> dict[str, Any]:
         """What `--json` writes."""
@@ -129,7 +133,8 @@ def choose(
         ]
     weights = [v * q.weight for v in evaluator_weights for q in questions]
     rewards = _by_group([weighted_sum(row, weights) for row in all_judged], groups)
-    result.append(Chosen("reward", "all", [_highest(r) for r in rewards]))
+    failed = Counter(j.failure.value for row in all_judged for j in row if j.failure is not None)
+    result.append(Chosen("reward", "all", [_highest(r) for r in rewards], dict(failed)))
     return result
 
 
@@ -343,22 +348,26 @@ def write_chosen(groups: Sequence[Sequence[Candidate]], chosen: Sequence[Chosen]
     with open(path, "w", encoding="utf-8") as file:
         for group, choice in zip(groups, way.choices, strict=True):
             threshold = best.threshold if best else None
+            never = report.wanted is not None and threshold is None  # no trust is enough
             line = {
                 "prompt": group[0].sample.prompt,
                 "completion": None if choice is None else group[choice[0]].sample.completion,
                 "chosen_by": way.name,
                 "trust": None if choice is None else choice[1],
-                "abstain": choice is None or (threshold is not None and choice[1] < threshold),
+                "abstain": choice is None or never or (threshold is not None and choice[1] < threshold),
             }
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def sentences(report: Report) -> list[str]:
     """The report in words."""
+    kinds = ", ".join(f"{kind} x{n}" for kind, n in report.failures.items())
+    failed = [f"{sum(report.failures.values())} judgements failed ({kinds})."] if report.failures else []
     if not report.methods:
         return [
             f"{report.prompts} prompts with {report.answers:g} answers each; {report.unlabelled}, so nothing is "
-            "measured and no threshold can be set."
+            "measured and no threshold can be set.",
+            *failed,
         ]
     assert report.single is not None and report.possible is not None
     best = report.methods[0]
@@ -383,4 +392,4 @@ def sentences(report: Report) -> list[str]:
     missing = [m for m in report.methods if m.missing]
     if missing:
         lines.append("; ".join(f"{m.name}: {m.missing} prompts could not be judged" for m in missing) + ".")
-    return lines
+    return lines + failed

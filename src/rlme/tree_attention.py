@@ -73,7 +73,8 @@ class TileBatch:
         if window is not None:
             hidden |= of_query - of_key >= window
         mask = torch.zeros(self.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))[:, None]
-        if mask.numel() <= KEPT_MASK:
+        # A backward pass holds it anyway, and then one for all layers is less than one for each.
+        if mask.numel() <= KEPT_MASK or torch.is_grad_enabled():
             self.masks[key] = mask
         return mask
 
@@ -303,6 +304,11 @@ def difference(inner: PreTrainedModel, plain: Tensor, ours: Tensor) -> str | Non
     return f"log-probabilities differ by {difference:.3g} (at most {allowed} is rounding)"
 
 
+def attention_of(inner: PreTrainedModel) -> str:
+    """The name of the attention that a model has without ours."""
+    return (inner.config._attn_implementation or "eager").removeprefix(PREFIX)
+
+
 def install(model: nn.Module) -> None:
     """Let a model accept `tree_layout`. Its ordinary behaviour stays as it is; a second call does nothing."""
     inner = causal_lm(model)
@@ -323,7 +329,7 @@ def tree_unsupported_reason(model: nn.Module) -> str | None:
         return str(error)
     config = inner.config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or []) - ATTENTION_LAYERS
-    attention = inner.config._attn_implementation or "eager"
+    attention = attention_of(inner)
     if layers:
         return f"it has layers of type {', '.join(sorted(layers))}"
     if inner.config.is_encoder_decoder:
@@ -335,7 +341,7 @@ def tree_unsupported_reason(model: nn.Module) -> str | None:
     for key in ("attn_logit_softcapping", "attention_chunk_size"):
         if getattr(config, key, None):
             return f"its configuration sets {key}"
-    if attention.removeprefix(PREFIX) not in ALL_ATTENTION_FUNCTIONS:
+    if attention not in ALL_ATTENTION_FUNCTIONS:
         other = " (load it with attn_implementation='sdpa')" if inner._supports_sdpa else ", and it has no other"
         return f"its attention implementation is {attention!r}{other}"
     return None

@@ -124,10 +124,12 @@ def is_correct(completion: str, gold: str, *, method: str = "auto", compare: Com
 # -- numbers
 
 _NOISE = re.compile(r"\\[$,!;: ]|\{,\}|[$€£¥]|\\(?:left|right|displaystyle|dfrac)\b|^\s*[=≈]\s*")
+# A unit is a word; one letter behind the digits is one only if it is a usual one: "3x" and "2i" are expressions.
 _QUANTITY = re.compile(
     r"(?P<sign>[-+\u2212]?)\s*"
     r"(?P<number>(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?(?:[eE][-+]?\d{1,2})?|\.\d+|\d+\s*/\s*\d+)"
-    r"\s*(?P<unit>\\?%|\\(?:text|mathrm|mbox)\s*\{[^{}]*\}|[^\W\d_][^\d+*/=^\\{}()-]*)?\s*\.?"
+    r"\s*(?P<unit>\\?%|\\(?:text|mathrm|mbox)\s*\{[^{}]*\}|"
+    r"(?:(?<=\s)[^\W\d_]|[^\W\d_]{2}|[ghlmsACFJKLNVW])[^\d+*/=^\\{}()-]*)?\s*\.?"
 )
 _MAX_NUMBER_LENGTH = 60  # longer ones are not worth exact arithmetic on untrusted text
 

@@ -45,7 +45,7 @@ def check_ahead(config: AlignConfig, models: RunModels, prompts: AlignPrompts) -
 def _check_judges(config: AlignConfig, models: RunModels, train: Sequence[AlignPrompt]) -> None:
     stage = config.judge
     questions, judging = make_questions(stage.questions), make_judging(stage.judging)
-    check_templates(questions, judging, list(train[0].columns))
+    check_templates(questions, judging, list(train[0].columns), absent=("answer", "n_tokens"))
     with _under("judge.evaluators"):
         for evaluator in models.without_weights(stage.evaluators):
             if questions:

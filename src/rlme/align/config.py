@@ -201,6 +201,10 @@ class AlignConfig(Section):
                 raise ValueError(f"{where}.evaluators: two are called {twice!r}; give one of them another `name`")
             if pairs and (idle := next((judge.label for judge in judges if judge.weight == 0), None)):
                 raise ValueError(f"{where}.evaluators: the weight of {idle!r} is 0, expected more to compare pairs")
+        if self.judge.questions and not any(q.weight for q in self.judge.questions.values()):
+            raise ValueError("judge.questions: all weights are 0, so every candidate would score the same")
+        if self.judge.questions and not any(judge.weight != 0 for judge in self.judge.evaluators):
+            raise ValueError("judge.evaluators: all weights are 0, so every candidate would score the same")
         return self
 
     @property

@@ -39,7 +39,7 @@ from rlme.config import EvaluatorConfig, evaluator_weights
 from rlme.errors import InputError
 from rlme.evaluators.base import Evaluator
 from rlme.evaluators.spending import Ledger
-from rlme.folders import locked, make_folder
+from rlme.folders import locked, make_folder, replace_file
 from rlme.models import load_tokenizer
 from rlme.training.run_folder import RunFolder
 
@@ -69,7 +69,7 @@ class Alignment:
             self.words.say(note)
         if config.compare is not None and not self.held_out:
             self.words.say("no comparison in the end: give data.eval, or hold prompts out with data.hold_out")
-        self.models = RunModels(config, self.tokenizer)
+        self.models = RunModels(config, self.tokenizer, Ledger(self.folder / "spent.json").costs())
         check_ahead(config, self.models, prompts)
 
     def run(self) -> list[dict[str, Any]]:
@@ -81,6 +81,9 @@ class Alignment:
             self.ledger = Ledger(self.folder / "spent.json")
             try:
                 return self._stages()
+            except BaseException:
+                self.ledger.call_off()
+                raise
             finally:
                 self.ledger.save()
 
@@ -342,7 +345,7 @@ class Alignment:
             matches = [winrates.Match(**(row | {"lengths": tuple(row["lengths"])})) for row in rows]
             table = winrates.table(matches, list(models), resamples=compare.resamples, seed=config.seed)
             result = {"win_rates": table} | about
-            file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            replace_file(file, json.dumps(result, indent=2) + "\n")
             (stage.folder / "report.md").write_text(winrates.markdown(table, judged), encoding="utf-8")
         return list(result["win_rates"])
 

@@ -212,8 +212,9 @@ def load_protocol(name: str) -> Protocol:
         )
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"judging protocol {name}: cannot be read ({error.strerror}).") from None
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise InputError(f"judging protocol {name}: cannot be read ({why}).") from None
     protocol = Protocol(path.stem, text) if path.suffix == ".jinja" else _from_yaml(path.stem, text, name)
     check(protocol, where=name)
     return protocol
@@ -241,7 +242,7 @@ class _ProtocolFile(Section):
     labels: tuple[str | list[str], str | list[str]] | None = None
     prefill: str | None = None
     reason: bool = False
-    verdict_cue: str = _CUE
+    verdict_cue: str = Field(_CUE, pattern=r"\S")
 
 
 def _from_yaml(stem: str, text: str, where: str) -> Protocol:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,9 +24,10 @@ from rlme.sampling import sample
 class RunModels:
     """Policies are named by where they lie: the configured model, or a stage's folder."""
 
-    def __init__(self, config: AlignConfig, tokenizer: Any) -> None:
+    def __init__(self, config: AlignConfig, tokenizer: Any, spent: Mapping[str, float]) -> None:
         self.config = config
         self.tokenizer = tokenizer
+        self._spent = spent  # on each endpoint so far
         self._loaded: tuple[str, Any] | None = None
         self._others: dict[str, list[Evaluator]] = {}
 
@@ -61,6 +62,7 @@ class RunModels:
         judging = self.config.judge.judging
         options: dict[str, Any] = {"token_budget": self.config.token_budget}
         options["max_context_tokens"] = judging.max_context_tokens
+        served: dict[str, Any] = {**options, "spent": self._spent}
 
         def policy(spec: EvaluatorConfig) -> Evaluator:
             model = self._model(live if spec.model == "live" else frozen)
@@ -68,10 +70,10 @@ class RunModels:
             return LocalEvaluator(lambda: _reading(model), self.tokenizer, name=spec.label, chat=chat, **options)
 
         if any(c.model in ("live", "frozen") for c in configs):
-            return build_evaluators(configs, policy, cache=judging, **options)
+            return build_evaluators(configs, policy, cache=judging, **served)
         key = repr(configs)
         if key not in self._others:  # the same in every round
-            self._others[key] = build_evaluators(configs, cache=judging, **options)
+            self._others[key] = build_evaluators(configs, cache=judging, **served)
         return self._others[key]
 
     def endpoints(self, configs: Sequence[EvaluatorConfig]) -> list[Evaluator]:

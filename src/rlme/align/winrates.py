@@ -31,6 +31,8 @@ class Match:
     swapped: float | None
     lengths: tuple[int, int]
     failures: dict[str, int] = field(default_factory=dict)
+    same: bool = False
+    """The answers are equal, which no judge was asked about."""
 
     @property
     def p(self) -> float | None:
@@ -59,7 +61,7 @@ def play(
         x, y = answers[i][a], answers[i][b]
         lengths = len(x), len(y)
         if x == y:
-            matches.append(Match(i, a, b, 0.5, 0.5, lengths))
+            matches.append(Match(i, a, b, 0.5, 0.5, lengths, same=True))
         else:
             verdict = next(verdicts)
             matches.append(Match(i, a, b, verdict.given, verdict.swapped, lengths, dict(verdict.failures)))
@@ -71,7 +73,7 @@ def table(matches: Sequence[Match], names: Sequence[str], *, resamples: int, see
 
     `win_rate`: share of verdicts of the averaged orders, ties half. `soft`: mean probability. `length_controlled`: the
     win rate that a logistic model of the verdict expects at equal length (log ratio of characters as its only input,
-    after the idea of length-controlled AlpacaEval). `equal`: same verdict in both orders.
+    after the idea of length-controlled AlpacaEval). `equal`: same verdict in both orders, where the answers differ.
     """
     rows = []
     for a, b in combinations(names, 2):
@@ -83,12 +85,13 @@ def table(matches: Sequence[Match], names: Sequence[str], *, resamples: int, see
             longer = np.log(np.array([(x.lengths[1] + 1) / (x.lengths[0] + 1) for x in judged]))
             weights = m.bootstrap_weights([str(x.prompt) for x in judged], resamples, seed)
             equal = np.array([float(choice(x.given) == choice(x.swapped)) for x in judged])
+            differ = np.array([float(not x.same) for x in judged])
             won = m.correctness(p, np.ones_like(p))
             row |= {
                 "win_rate": m.estimate(m.mean(won, weights)).json(),
                 "soft": m.estimate(m.mean(p, weights)).json(),
                 "length_controlled": m.estimate(_at_equal_length(won, longer, weights)).json(),
-                "equal": m.estimate(m.mean(equal, weights)).json(),
+                "equal": m.estimate(m.mean(equal, weights, differ)).json(),
                 "chars": [float(np.mean([x.lengths[k] for x in judged])) for k in (1, 0)],
             }
         rows.append(row)

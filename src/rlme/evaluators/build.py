@@ -28,7 +28,7 @@ def build_evaluators(
 
     `cache`: where answers are kept, if it says so; never those of the policy, whose weights change. `options`:
     `max_context_tokens`, the longest context any of them is given (None: its own limit), and `token_budget` and `share`
-    of those in this process.
+    of those in this process; `spent`, by name, what counts for `max_cost` already.
 
     Raises:
         InputError: two entries of one name; `live` or `frozen` where there is no policy; a model that cannot be had.
@@ -60,11 +60,14 @@ def build_evaluator(
 
 def _fixed_evaluator(spec: EvaluatorConfig, **options: Any) -> Evaluator:
     chat = STYLES[spec.style]
+    spent: Mapping[str, float] = options.pop("spent", {})
     if spec.endpoint is not None:
         from rlme.evaluators.endpoint import EndpointEvaluator
 
-        longest = options.get("max_context_tokens")
-        return EndpointEvaluator(spec.endpoint, name=spec.label, chat=chat, max_context_tokens=longest)
+        longest, before = options.get("max_context_tokens"), spent.get(spec.label, 0.0)
+        return EndpointEvaluator(
+            spec.endpoint, name=spec.label, chat=chat, max_context_tokens=longest, spent_before=before
+        )
     assert spec.model is not None
     return model_evaluator(
         spec.model,

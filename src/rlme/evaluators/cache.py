@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rlme.errors import InputError
+from rlme.errors import InputError, RunStopped
 from rlme.evaluators.base import Evaluator
 from rlme.judgement import Answer, Failure, Message, Request
 
@@ -275,7 +275,13 @@ class CachedEvaluator:
         loaded = {key: load(value, wanted[key]) for key, value in stored.items()}
         answers = {key: answer for key, answer in loaded.items() if answer is not None}
         missing = {key: request for key, request in wanted.items() if key not in answers}
-        fresh = dict(zip(missing, ask(list(missing.values())), strict=True)) if missing else {}
+        try:
+            fresh = dict(zip(missing, ask(list(missing.values())), strict=True)) if missing else {}
+        except RunStopped as stop:
+            names = list(missing)
+            paid_for = {names[i]: dump(answer) for i, answer in stop.answered.items()}
+            self.cache.put(self.identity, {key: value for key, value in paid_for.items() if value is not None})
+            raise
         values = {key: dump(answer) for key, answer in fresh.items()}
         self.cache.put(self.identity, {key: value for key, value in values.items() if value is not None})
         self.hits += len(requests) - len(missing)

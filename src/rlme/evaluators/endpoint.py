@@ -10,6 +10,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from rlme.errors import RunStopped
 from rlme.evaluators.endpoint_begun import Begun
 from rlme.evaluators.endpoint_client import EndpointClient
 from rlme.evaluators.endpoint_config import EndpointConfig
@@ -30,6 +31,7 @@ class EndpointEvaluator:
     cannot judge. Calls run concurrently on an event loop of their own; answers come in the order of the requests.
 
     `chat`: ask through the chat template; by default as `config.api` says, or where the server has one.
+    `spent_before`: money that counts for `config.max_cost` already.
     `logprobs` raises `RunStopped` when the server stays away longer than `config.outage`, or at `config.max_cost`.
     """
 
@@ -40,6 +42,7 @@ class EndpointEvaluator:
         name: str | None = None,
         chat: bool | None = None,
         max_context_tokens: int | None = None,
+        spent_before: float = 0.0,
     ) -> None:
         self.config = config
         self._loop = _Loop()
@@ -47,6 +50,7 @@ class EndpointEvaluator:
         self._answers: Begun[Answer] = Begun()
         self._texts: dict[int, Begun[str | Failure]] = defaultdict(Begun)
         self._client = EndpointClient(config)
+        self._client.account.spent_before = spent_before
         try:
             self._server = self._loop.run(probe(self._client))
         except BaseException:
@@ -135,6 +139,11 @@ class EndpointEvaluator:
         except CallFailed:
             return None
 
+    def call_off(self) -> None:
+        """Ask nothing more: what is under way is cancelled, and booked at its estimate, as it may be billed."""
+        if not self._loop.ended:
+            self._loop.run(_cancel_others())
+
     def close(self) -> None:
         """Close the connections and end the event loop. A second time does nothing."""
         if not self._loop.ended:
@@ -159,10 +168,13 @@ class EndpointEvaluator:
         early = begun.claim(requests)
         late = [i for i, task in enumerate(early) if task is None]
         found = families([requests[i] for i in late], self.config.concurrency)
-        await _all(
-            [wait(i, task) for i, task in enumerate(early) if task is not None]
-            + [work([late[i] for i in family]) for family in found]
-        )
+        begun_before = [wait(i, task) for i, task in enumerate(early) if task is not None]
+        try:
+            await _all(begun_before + [work([late[i] for i in family]) for family in found])
+        except BaseExceptionGroup as group:
+            if isinstance(stop := group.exceptions[0], RunStopped):
+                raise RunStopped(str(stop), answered=results) from None
+            raise
         return [results[i] for i in range(len(requests))]
 
     def _slotted(self, ask: Callable[[Request], Coroutine[Any, Any, T]]) -> Callable[[Request], Coroutine[Any, Any, T]]:
@@ -239,6 +251,13 @@ def settle(request: Request, found: Found, config: EndpointConfig) -> Answer:
             return Answer(None, Failure.LABEL_MISSING, detail, **spent)
     logprobs = tuple(lp for lp in found.logprobs if lp is not None)
     return Answer(logprobs, bounded=tuple(found.bounded) if any(found.bounded) else (), **spent)
+
+
+async def _cancel_others() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 async def _all(work: list[Coroutine[Any, Any, T]]) -> list[T]:

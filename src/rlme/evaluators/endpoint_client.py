@@ -123,10 +123,13 @@ class EndpointClient:
         try:
             await self._turn(estimate)
             self.account.calls += 1
-            # What was expected is taken for spent where nothing is told: the reply is late, cannot be read, or does
-            # not count.
+            # What was expected is taken for spent where nothing is told: the reply is late, cannot be read, does not
+            # count, or is not waited for.
             try:
                 reply = await self._send(path, body)
+            except asyncio.CancelledError:  # called off, and perhaps billed all the same
+                usage = Usage(tokens_in, 0, tokens_out)
+                raise
             except CallFailed as failure:
                 if failure.kind in (Failure.TIMEOUT, Failure.MALFORMED):
                     usage = Usage(tokens_in, 0, tokens_out)

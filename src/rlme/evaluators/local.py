@@ -18,6 +18,8 @@ from rlme.models import has_chat_template
 from rlme.sampling import sample
 from rlme.scoring import continuation_logprobs
 
+WRITTEN = 4  # times `token_budget`: tokens whose keys and values are held while critiques are written
+
 ModelContext = Callable[[], AbstractContextManager[Any]]
 
 
@@ -112,6 +114,7 @@ class LocalEvaluator:
             eos = [eos] if isinstance(eos, int) else list(eos or [])
             if self.tokenizer.eos_token_id is not None and self.tokenizer.eos_token_id not in eos:
                 eos.append(self.tokenizer.eos_token_id)
+            longest = max((len(contexts[i]) for i in fits), default=0) + max_tokens
             written = sample(
                 model,
                 [contexts[i] for i in fits],
@@ -120,6 +123,7 @@ class LocalEvaluator:
                 temperature=0.0,
                 eos_token_ids=eos,
                 seed=0,
+                max_rows=max(8, min(256, WRITTEN * self.token_budget // longest)),
             )
         texts: list[str | Failure] = [Failure.CONTEXT_TOO_LONG for _ in requests]
         for i, (draw,) in zip(fits, written, strict=True):

@@ -112,6 +112,15 @@ class Ledger:
         """By evaluator: calls, tokens, cost and what else its account holds."""
         return added([self._before, *({e.name: e.account.metrics()} for e in self._evaluators)])
 
+    def costs(self) -> dict[str, float]:
+        """By evaluator: the money."""
+        return {name: account.get("cost", 0.0) for name, account in self.totals().items()}
+
+    def call_off(self) -> None:
+        """Let the evaluators end what they are asking, and count it."""
+        for evaluator in self._evaluators:
+            evaluator.call_off()
+
     def save(self) -> None:
         """Write it, by one rename, if anything is paid for."""
         if self._evaluators:

@@ -75,7 +75,13 @@ def judge_bench(
             raise InputError("--verdicts scores a file of recorded verdicts: leave out judges, sets and protocols.")
         from rlme.judgebench.run import load_recorded
 
-        runs = load_recorded(str(verdicts), columns=_mapping(column))
+        spelled = labels.split(",") if labels is not None else None
+        found = load_recorded(str(verdicts), columns=_mapping(column), labels=spelled, limit=limit)
+        # A folder that was used with several settings holds several runs of one name.
+        runs = list({(*run.key(), run.shown): run for run in found}.values())
+        if len(runs) < len(found):
+            left_out = len(found) - len(runs)
+            console.print(f"{left_out} earlier runs of the same set, judge and protocol are left out", highlight=False)
         count, start = RESAMPLES if resamples is None else resamples, seed or 0
     else:
         from rlme.judgebench.config import BenchConfig
@@ -126,9 +132,10 @@ def _content(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
         extra["labels"] = given["labels"].split(",")
     if given["data"]:
         content["sets"] = [parse_set(text) for text in given["data"]]
-    if isinstance(content.get("sets"), list):
-        sets = [parse_set(item) if isinstance(item, str) else item for item in content["sets"]]
-        content["sets"] = [item | {k: v for k, v in extra.items() if v} for item in sets]
+    if sets := content.get("sets"):
+        given_options = {key: value for key, value in extra.items() if value}
+        sets = [parse_set(one) if isinstance(one, str) else one for one in (sets if isinstance(sets, list) else [sets])]
+        content["sets"] = [one | given_options if isinstance(one, dict) else one for one in sets]
     return content
 
 
@@ -198,6 +205,12 @@ class _LabelMasses:
                 self._console.print(text, style="yellow", markup=False, highlight=False)
 
 
+def _complete(run: Run, job: Job) -> bool:
+    """Whether there is nothing more to ask: items that failed for a reason that may pass are asked again."""
+    passing = {"timeout", "rate_limited", "server_error", "connection"}
+    return len(run.records) >= job.items and not any(passing & record.failures.keys() for record in run.records)
+
+
 def _judge(settings: Any, sets: list[BenchSet], folder: Path | None, console: Console) -> list[Run]:
     """Make all runs, with the number of calls said first and every finished run on disk."""
     from rich.markup import escape
@@ -218,18 +231,21 @@ def _judge(settings: Any, sets: list[BenchSet], folder: Path | None, console: Co
     from rlme.judgebench.run import as_record, load_saved, save_records
 
     _quiet()
+    ledger = None if folder is None else Ledger(folder / "spent.json")
     evaluators = build_evaluators(
-        settings.judges, cache=settings.judging, max_context_tokens=settings.judging.max_context_tokens
+        settings.judges,
+        cache=settings.judging,
+        max_context_tokens=settings.judging.max_context_tokens,
+        spent={} if ledger is None else ledger.costs(),
     )
     jobs = list(plan(settings, sets, evaluators))
     # Runs that an earlier, perhaps interrupted, call left in the folder, by what they were made from.
-    made = {} if folder is None else {run.inputs: run for run in load_saved(folder / "verdicts.jsonl")}
-    left = [job for job in jobs if job.inputs not in made or len(made[job.inputs].records) < job.items]
+    saved = [] if folder is None else load_saved(folder / "verdicts.jsonl")
+    made = {run.inputs or str(run.key()): run for run in saved}
+    left = [job for job in jobs if job.inputs not in made or not _complete(made[job.inputs], job)]
     reused = f" ({len(jobs) - len(left)} runs are there already)" if len(left) < len(jobs) else ""
     console.print(f"{len(left)} runs, {sum(job.calls for job in left)} judge calls{reused}", highlight=False)
-    ledger = None
-    if folder is not None:
-        ledger = Ledger(folder / "spent.json")
+    if ledger is not None:
         ledger.adopt(evaluators)
     for text, style in estimates(
         expected(settings, sets, evaluators, {job.title: job.calls for job in left}),
@@ -271,6 +287,10 @@ def _judge(settings: Any, sets: list[BenchSet], folder: Path | None, console: Co
 
             try:
                 made[job.inputs] = replace(job.make(done, advance), inputs=job.inputs)
+            except BaseException:
+                if ledger is not None:
+                    ledger.call_off()
+                raise
             finally:
                 if ledger is not None:
                     ledger.save()

@@ -36,8 +36,8 @@ class Estimate:
 
 def bootstrap_weights(clusters: Sequence[str], resamples: int, seed: int) -> Array:
     """weights_RN: row 0 ones, then `resamples` rows of how often each item was drawn with its cluster."""
-    _, member = np.unique(np.asarray(clusters, dtype=object).astype(str), return_inverse=True)
-    n = int(member.max()) + 1
+    place = {cluster: i for i, cluster in enumerate(sorted(set(clusters)))}  # in one order: so are the draws
+    member, n = np.array([place[cluster] for cluster in clusters]), len(place)
     draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
     return np.concatenate([np.ones((1, len(member))), draws[:, member]]).astype(np.float64)
 

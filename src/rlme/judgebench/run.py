@@ -222,7 +222,14 @@ def load_saved(path: Path) -> list[Run]:
     return load_recorded(str(path)) if content.strip() else []
 
 
-def load_recorded(source: str, *, reader: str = "pairs", columns: dict[str, str] | None = None) -> list[Run]:
+def load_recorded(
+    source: str,
+    *,
+    reader: str = "pairs",
+    columns: dict[str, str] | None = None,
+    labels: Sequence[Any] | None = None,
+    limit: int | None = None,
+) -> list[Run]:
     """Verdicts recorded elsewhere, or by `save_records`.
 
     A benchmark file with recorded verdicts has, beside the columns of its reader, one or more columns that
@@ -233,11 +240,15 @@ def load_recorded(source: str, *, reader: str = "pairs", columns: dict[str, str]
     Raises:
         InputError: no such column, or a value that is no verdict.
     """
-    table = load_rows(source)
+    table = load_rows(source, limit=limit)
     rows = table.records
     if "run" in table.columns:
+        if columns or labels or limit is not None:
+            raise InputError(
+                f"{source} holds the verdicts of an earlier run: leave out --column, --labels and --limit."
+            )
         return _saved(rows, source)
-    bench = load_set(source, reader=reader, columns=columns)
+    bench = load_set(source, reader=reader, columns=columns, labels=labels, limit=limit)
     names = [c for c, v in rows[0].items() if isinstance(v, dict) and set(v) == {"False", "True"}]
     if not bench.pairwise or not names:
         raise InputError(
@@ -255,12 +266,16 @@ def _from_column(bench: BenchSet, rows: Sequence[dict[str, Any]], column: str, s
         assert isinstance(item, PairItem)
         verdicts = row.get(column)
         if not isinstance(verdicts, dict) or not {"False", "True"} <= set(verdicts):
-            raise InputError(f"{source}, row {i}: {column!r} is {verdicts!r}; expected verdicts for False and True.")
+            raise InputError(
+                f"{source}, row {i + 1}: {column!r} is {verdicts!r}; expected verdicts for False and True."
+            )
         known = {"1": 1.0, "2": 0.0, "None": None}
         given, swapped = (str(verdicts[key]) for key in ("False", "True"))
         for verdict in (given, swapped):
             if verdict not in known:
-                raise InputError(f"{source}, row {i}: {column!r} has the verdict {verdict!r}; expected 1, 2 or null.")
+                raise InputError(
+                    f"{source}, row {i + 1}: {column!r} has the verdict {verdict!r}; expected 1, 2 or null."
+                )
         missing = (given, swapped).count("None")
         records.append(
             Record(

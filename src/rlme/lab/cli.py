@@ -31,7 +31,7 @@ def lab(
     if name == "build":
         from rlme.lab.build import build_models
 
-        check_writable(out / "lab" / "config.json")
+        check_writable(out / "config.json")
         build_models(out, console)
     elif name == "gates":
         from rlme.lab.build import show_gates

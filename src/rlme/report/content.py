@@ -5,6 +5,7 @@ Plain data. The page draws it, the terminal prints it, and so both say the same.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -226,7 +227,7 @@ def best_heldout(run: Run) -> tuple[str, dict[int, float]] | None:
     Step 0 is left out when there are others: of the starting model there is no checkpoint.
     """
     keys = [f"eval/{GOLD}"]
-    keys += [f"eval/judge/{e}/{q}/probability" for e, q in sorted(judges(run)) if run.weight(e, q) == 0]
+    keys += sorted(f"eval/judge/{e}/{q}/probability" for e, q in judges(run) if run.weight(e, q) == 0)
     for key in keys:
         measured = dict(zip(*run.series(key), strict=True))
         if measured:
@@ -363,6 +364,8 @@ def spending(run: Run) -> Spending:
         total = run.total(key)
         if total is not None and seconds.get(stage):
             rates[stage] = total / seconds[stage]
-    cost = run.series("cost/total")[1][-1:] or ([c] if (c := run.total("cost/step")) is not None else [])
+    # An endpoint's account has the held-out prompts, too.
+    accounts = [key for key in run.keys if key.startswith("endpoint/") and key.endswith("/cost")]
+    paid = [cost for key in accounts or ["cost/step"] if (cost := run.total(key))]
     peak = run.series("memory/peak_mb")[1]
-    return Spending(seconds, tokens, rates, cost[0] if cost else None, max(peak) if peak else None)
+    return Spending(seconds, tokens, rates, math.fsum(paid) if paid else None, max(peak) if peak else None)

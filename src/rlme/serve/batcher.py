@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from rlme.errors import InputError
+from rlme.errors import InputError, RunStopped
 from rlme.serve.schema import Item
 
 Row = dict[str, Any]
@@ -118,11 +118,16 @@ class Batcher:
             if len(jobs) == 1:
                 jobs[0].result.set_exception(error)
                 return
+            stopped = 0
             for job in jobs:  # one request's mistake is not the others'
                 try:
+                    if stopped > 1:  # an outage or a cap is everybody's: nobody else waits for it, or pays
+                        raise error
                     job.result.set_result(score(job.items))
+                    stopped = 0
                 except Exception as own:
                     job.result.set_exception(own)
+                    error, stopped = own, stopped + 1 if isinstance(own, RunStopped) else 0
             return
         at = 0
         for job in jobs:

@@ -12,6 +12,7 @@ from rlme.config import (
     QuestionConfig,
     RewardConfig,
     Section,
+    TemplateConfig,
     evaluator_list,
     evaluator_weights,
     named_questions,
@@ -20,6 +21,8 @@ from rlme.config import (
 from rlme.evaluators.base import Evaluator
 from rlme.evaluators.build import build_evaluators, check_evaluator, make_judging, make_questions
 from rlme.reward import MetaReward
+from rlme.templating import undeclared
+from rlme.verify import check_method
 
 
 class ServeConfig(Section):
@@ -50,7 +53,16 @@ class ServeConfig(Section):
             raise ValueError(f"evaluator {own!r} is the policy of a training run; name a model or an endpoint to serve")
         if self.reward.mode == "pairwise":
             raise ValueError("reward.mode pairwise compares a whole group, and a server is asked about one completion")
-        answers = isinstance(self.data, dict) and self.data.get("answer")
+        templates = [self.judging.template, *(q.template for q in self.questions.values())]
+        texts = [t.text if isinstance(t, TemplateConfig) else t for t in templates if t is not None]
+        if any("n_tokens" in undeclared(text) for text in (*texts, *(q.ask for q in self.questions.values()))):
+            raise ValueError("a question or template uses n_tokens, and a server is told no tokens: use n_chars")
+        data = self.data if isinstance(self.data, dict) else {}
+        if data.get("compare", "math") not in ("math", "exact"):
+            raise ValueError(f"data.compare is {data['compare']!r}, expected math or exact")
+        if data.get("completion_format") is not None:
+            check_method(data["completion_format"])
+        answers = data.get("answer")
         if "rlvr" in self.reward.mode and not answers:
             raise ValueError(f"reward.mode {self.reward.mode} needs known answers: set data.answer")
         if self.reward.mode == "rlvr+rlme" and self.reward.combine == "normalized":

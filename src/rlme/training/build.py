@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from typing import Any, cast
 
 from rlme.align.judge import PairwiseJudge
@@ -53,14 +54,19 @@ def load_prompts(config: Config, tokenizer: Any) -> tuple[PromptSet, PromptSet |
     return train, held_out
 
 
-def make_evaluator(spec: EvaluatorConfig, config: Config) -> Evaluator:
-    """An evaluator that needs no trainer: another model, an endpoint, or (without an adapter) the frozen self."""
+def make_evaluator(
+    spec: EvaluatorConfig, config: Config, *, spent: Mapping[str, Mapping[str, float]] | None = None
+) -> Evaluator:
+    """An evaluator that needs no trainer: another model, an endpoint, or (without an adapter) the frozen self. `spent`:
+    what a run that goes on has taken so far, all processes together."""
     if spec.model == "frozen":
         # Without an adapter to switch off, the frozen self is a copy, loaded from where the policy came from: a
         # resumed run must not freeze the weights it resumes with.
         own = {"model": config.model.path, "revision": config.model.revision, "name": spec.label}
         spec = spec.model_copy(update={**own, "trust_remote_code": config.model.trust_remote_code})
-    return build_evaluator(share_of(spec), cache=config.judging, **judge_options(config))
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    before = {name: account.get("cost", 0.0) / processes for name, account in (spent or {}).items()}
+    return build_evaluator(share_of(spec), cache=config.judging, spent=before, **judge_options(config))
 
 
 def share_of(spec: EvaluatorConfig) -> EvaluatorConfig:

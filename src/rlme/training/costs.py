@@ -37,6 +37,11 @@ class Costs:
         """Since the last start, all processes together (every process must call this)."""
         return added(gather_object([{e.name: e.account.metrics() for e in self.evaluators}]))
 
+    def call_off(self) -> None:
+        """Let the evaluators end what they are asking, and count it."""
+        for evaluator in self.evaluators:
+            evaluator.call_off()
+
     def save(self, totals: Totals) -> None:
         """Write what the run has taken so far, before and after being resumed."""
         if totals and self.trainer.accelerator.is_main_process:

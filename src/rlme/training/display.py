@@ -111,9 +111,9 @@ def examples(rows: list[Record], step: int) -> Panel:
 
     Completions are untrusted: they are shown as `Text`, never read as markup, without control characters.
     """
-    groups: dict[int, list[Record]] = {}
+    groups: dict[Any, list[Record]] = {}
     for row in rows:
-        groups.setdefault(row.get("prompt_index", 0), []).append(row)
+        groups.setdefault(row.get("group", row.get("prompt_index", 0)), []).append(row)
     ranked = [sorted((r for r in g if r["reward"] is not None), key=lambda r: -r["reward"]) for g in groups.values()]
     ranked = [g for g in ranked if g] or [rows[:1]]
     group = next((g for g in ranked if len(g) > 1 and g[0]["reward"] > g[-1]["reward"]), ranked[0])

@@ -75,7 +75,13 @@ def token_logps(trainer: Any, prompts: Sequence[Ids], answers: Sequence[Ids]) ->
         ps, cs = prompts[start : start + batch], answers[start : start + batch]
         with torch.no_grad(), trainer.accelerator.autocast():
             logps, _ = completion_logps(
-                trainer.model, ps, cs, temperature=trainer.temperature, share=trainer.share_prefixes
+                trainer.model,
+                ps,
+                cs,
+                temperature=trainer.temperature,
+                token_budget=trainer.pass_budget,
+                share=trainer.share_prefixes,
+                float32_head=trainer.args.cast_lm_head_to_fp32,
             )
         result += [row[: len(c)] for row, c in zip(logps.tolist(), cs, strict=True)]
     return result

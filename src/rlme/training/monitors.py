@@ -50,17 +50,18 @@ def repetition(completion: str, n: int = 4) -> float | None:
 def batch_monitors(rows: Sequence[Row]) -> dict[str, float]:
     """Every metric of `metrics.jsonl` that follows from a batch's rows.
 
-    Rows are grouped by `prompt_index`. Gold numbers use the rows that have both gold and a reward: `gold/auroc` over
-    the whole batch; `gold/within_group_auroc`, the share of (right, wrong) pairs of one group in which the right
-    answer has the higher reward (a tie counts half); `gold/pointbiserial`, the correlation of reward and correctness
-    after both lose their group's mean; `gold/best_is_right`, the share of groups whose best-rewarded answer is right
-    (groups of one answer do not count). The last three are what a group-relative advantage is made of.
+    Rows are grouped by `group`, or `prompt_index` where there is none. Gold numbers use the rows that have both gold
+    and a reward: `gold/auroc` over the whole batch; `gold/within_group_auroc`, the share of (right, wrong) pairs of one
+    group in which the right answer has the higher reward (a tie counts half); `gold/pointbiserial`, the correlation of
+    reward and correctness after both lose their group's mean; `gold/best_is_right`, the share of groups whose
+    best-rewarded answer is right (groups of one answer do not count). The last three are what a group-relative
+    advantage is made of.
     """
     if not rows:
         return {}
     groups: dict[Any, list[Row]] = defaultdict(list)
     for row in rows:
-        groups[row["prompt_index"]].append(row)
+        groups[row.get("group", row["prompt_index"])].append(row)
     return {
         **_rewards(rows, groups),
         **_gold(rows, groups),
@@ -279,8 +280,9 @@ class Alarm:
 
     @property
     def candidates(self) -> set[int]:
-        """Steps that `before` may name at a later measurement: their checkpoints are worth keeping."""
-        return {last for series in self._series.values() for _, _, last in series.best.values()}
+        """Steps that `before` names, or may name at a later measurement: their checkpoints are worth keeping."""
+        best = {last for series in self._series.values() for _, _, last in series.best.values()}
+        return best | set(self._fired.values())
 
     def _error(self, level: float) -> float:
         return max(0.02, math.sqrt(max(level * (1 - level), 0.0) / self.prompts))

@@ -12,9 +12,9 @@ class PromptOrder(Sampler[int]):
     """Indices of prompts, each repeated `group_size` times, batch after batch for the whole run.
 
     The prompts come in fresh permutations, one pass after another without a gap, so any number of prompts serves any
-    batch size. (TRL's sampler drops the rest of each pass, and its order after the first depends on how often it was
-    started, which a resumed run cannot repeat.) Each batch is yielded `repeats` times: TRL asks for it once per
-    micro-step and uses the first.
+    batch size; none comes twice in a batch, unless there are fewer than it holds. (TRL's sampler drops the rest of each
+    pass, and its order after the first depends on how often it was started, which a resumed run cannot repeat.) Each
+    batch is yielded `repeats` times: TRL asks for it once per micro-step and uses the first.
     """
 
     def __init__(
@@ -27,9 +27,15 @@ class PromptOrder(Sampler[int]):
         return self.batches * self.repeats * self.prompts_per_batch * self.group_size
 
     def __iter__(self) -> Iterator[int]:
-        stream = self._stream()
+        stream, waiting = self._stream(), list[int]()
         for _ in range(self.batches):
-            batch = [next(stream) for _ in range(self.prompts_per_batch)]
+            batch: list[int] = []
+            twice: list[int] = []  # where two passes meet: for the next batch
+            while len(batch) < self.prompts_per_batch:
+                index = waiting.pop(0) if waiting else next(stream)
+                again = index in batch and self.prompts >= self.prompts_per_batch
+                (twice if again else batch).append(index)
+            waiting = twice + waiting
             for _ in range(self.repeats):
                 for index in batch:
                     yield from [index] * self.group_size

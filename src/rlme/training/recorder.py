@@ -15,6 +15,7 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from rlme.data import PromptSet
+from rlme.errors import RunStopped
 from rlme.processes import dealt, everywhere
 from rlme.reward import Row, judgement_metrics
 from rlme.training.costs import Costs
@@ -40,6 +41,7 @@ _NAMES = {
 }
 
 Record = dict[str, Any]
+MEASURED = "time/measure"  # in the line of every step at which the held-out prompts were measured
 
 
 class Recorder(TrainerCallback):
@@ -92,6 +94,10 @@ class Recorder(TrainerCallback):
             self.drift.load(self.trainer)
         if state.global_step == 0 and self.held_out is not None:
             self._write({"step": 0, "time/load": self.load_seconds, **self.measure(0)}, [])
+        elif self._due(state) and not any(line["step"] == state.global_step and MEASURED in line for line in lines):
+            record = {"step": state.global_step, **self.measure(state.global_step)}  # what stopped the run last time
+            self._judge_progress(record, control)
+            self._write(record, [])
         self._step_started = time.perf_counter()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Record | None = None, **kwargs: Any) -> None:
@@ -104,23 +110,36 @@ class Recorder(TrainerCallback):
         if self.rows:
             record |= judgement_metrics(self.rows) | batch_monitors(self.rows) | self._judged_part(self.rows)
         record |= self._costs()
-        if step == 1:
+        if step == 1 and self.held_out is None:  # else step 0 has it
             record["time/load"] = self.load_seconds
-        if self.held_out is not None and (step % self.eval_every == 0 or step == state.max_steps):
-            record |= self.measure(step)
-            self._note_best(record)
+        if self._due(state):
+            try:
+                record |= self.measure(step)
+            except RunStopped:  # the step is done; what is missing is measured when the run goes on
+                self._write(record, self.rows)
+                raise
+        self._judge_progress(record, control)
+        self._write(record, self.rows)
+        self.rows = []
+        self._step_started = time.perf_counter()
+
+    def _due(self, state: Any) -> bool:
+        """Whether the held-out prompts are measured after this step."""
+        step = state.global_step
+        return self.held_out is not None and step > 0 and (step % self.eval_every == 0 or step == state.max_steps)
+
+    def _judge_progress(self, record: Record, control: Any) -> None:
+        """Best checkpoint and alarm, by what was measured at a step."""
+        self._note_best(record)
         names = self._held_out_names()
         held_out = {name: record[f"eval/{name}"] for name in names if f"eval/{name}" in record}
-        if alarm := self.alarm.update(step, judged_reward(record), held_out):
+        if alarm := self.alarm.update(record["step"], judged_reward(record), held_out):
             record["alarm"] = alarm
             if self.on_alarm == "stop":
                 self.stopped_by = alarm
                 control.should_save = control.should_training_stop = True
-        if step in self.protected:
+        if record["step"] in self.protected:
             control.should_save = True
-        self._write(record, self.rows)
-        self.rows = []
-        self._step_started = time.perf_counter()
 
     @property
     def protected(self) -> set[int]:
@@ -253,7 +272,7 @@ class Recorder(TrainerCallback):
         if moved is not None:
             record["kl_to_start"] = moved
         result = {f"eval/{key}": value for key, value in record.items()}
-        result["time/measure"] = time.perf_counter() - started
+        result[MEASURED] = time.perf_counter() - started
         return result
 
 

@@ -7,7 +7,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import GRPOConfig
 
 from rlme.config import Config, EvaluatorConfig
@@ -76,7 +77,7 @@ def _train(
         if part is not None and main:
             for line in part.report.sentences():
                 console.print(f"{name}: {line}", markup=False, highlight=False)
-    questions = check_start(config, prompts)
+    questions = check_start(config, prompts, held_out)
     folder = resume or RunFolder(config.folder)
     arguments = trl_arguments(config, folder, processes=int(os.environ.get("WORLD_SIZE", "1")))
     with console.status(f"loading {config.model.path}"):
@@ -87,7 +88,8 @@ def _train(
         check_gradient_checkpointing(model, "train.gradient_checkpointing")
     adapter = lora_arguments(config.lora, model)
     specs = config.evaluators if questions or config.reward.mode == "pairwise" else []
-    evaluators = _load_evaluators(specs, config, model, tokenizer, console)
+    spent = resume.read_spent() if resume is not None else {}
+    evaluators = _load_evaluators(specs, config, model, tokenizer, console, spent)
     reward = make_reward(config, evaluators)
     digests = {part: found.digest() for part, found in (("train", prompts), ("eval", held_out)) if found is not None}
     if resume is not None:
@@ -162,6 +164,8 @@ def _train(
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             elif checkpoint is not None:
                 trainer._load_from_checkpoint(str(checkpoint))
+                trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+                recorder.on_train_begin(arguments, trainer.state, trainer.control)
             elif held_out is not None:  # zero steps: only measure
                 recorder.on_train_begin(arguments, trainer.state, trainer.control)
     except FloatingPointError as error:
@@ -170,10 +174,16 @@ def _train(
             "run may go further with a lower train.learning_rate"
         ) from None
     except RunStopped as stop:
+        costs.call_off()
         costs.save(costs.totals())
         _save_where_it_stands(trainer, folder)
         leave_together()
         raise RunStopped(f"{stop}. The state is saved: rlme train --resume {folder.path}") from None
+    except BaseException:
+        if trainer.accelerator.num_processes == 1:  # else the others cannot be asked any more
+            costs.call_off()
+            costs.save(costs.totals())
+        raise
     if interrupt.stopped:
         leave_together()
         raise RunStopped(
@@ -203,14 +213,19 @@ def _warn_of_length(model: Any, prompts: PromptSet, config: Config, console: Con
 
 
 def _load_evaluators(
-    specs: Sequence[EvaluatorConfig], config: Config, model: Any, tokenizer: Any, console: Console
+    specs: Sequence[EvaluatorConfig],
+    config: Config,
+    model: Any,
+    tokenizer: Any,
+    console: Console,
+    spent: Mapping[str, Mapping[str, float]],
 ) -> list[str | Evaluator]:
     """The evaluators, `live` and `frozen` by name where they are the policy itself. What cannot be asked is said now,
     before anything is written."""
     questions, judging = make_questions(config.questions), make_judging(config.judging)
     deferred = {"live"} | ({"frozen"} if config.lora else set())
     with console.status("loading the evaluators"):
-        evaluators = [str(s.model) if s.model in deferred else make_evaluator(s, config) for s in specs]
+        evaluators = [str(s.model) if s.model in deferred else make_evaluator(s, config, spent=spent) for s in specs]
     for spec, evaluator in zip(specs, evaluators, strict=True):
         asked = (
             LocalEvaluator(model, tokenizer, name=spec.label, chat=STYLES[spec.style])
@@ -308,6 +323,14 @@ def resolved(config: Config, trainer: RLMETrainer) -> dict[str, Any]:
         value = content[section][key]
         if value and Path(value).exists():
             content[section][key] = str(Path(value).resolve())  # so that a resume works from anywhere
+    for spec in content["evaluators"]:
+        if spec["model"] not in (None, "live", "frozen") and Path(spec["model"]).exists():
+            spec["model"] = str(Path(spec["model"]).absolute())  # not resolved: a link's name is the evaluator's
+    if content["judging"]["cache"]:
+        content["judging"]["cache"] = str(Path(content["judging"]["cache"]).absolute())
+    pairs = content["reward"]["pairwise"]
+    if pairs and Path(pairs["protocol"]).is_file():
+        pairs["protocol"] = str(Path(pairs["protocol"]).absolute())
     content["run_info"] = {
         "format": FORMAT,
         "rlme": _version("rlme"),

@@ -159,7 +159,7 @@ class RunFolder:
         """Cut the folder back to its last whole checkpoint: what came after it will be done again."""
         step, checkpoint = self.last_checkpoint()
         whole = self._whole_checkpoints()
-        for path in self.checkpoints.iterdir() if self.checkpoints.is_dir() else []:
+        for path in self.checkpoints.glob("*checkpoint-*"):  # what else TRL writes there (its logs) stays
             if path not in whole:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         for part in (self.rollouts, self.eval):

@@ -21,6 +21,7 @@ _OURS = {
     "max_steps": "train.steps",
     "num_train_epochs": "train.steps",
     "num_generations": "train.group_size",
+    "num_generations_eval": "data.eval, whose prompts are answered once each",
     "generation_batch_size": "train.prompts_per_step",
     "learning_rate": "train.learning_rate",
     "max_completion_length": "train.max_completion_tokens",
@@ -73,6 +74,7 @@ def trl_arguments(config: Config, folder: RunFolder, *, processes: int = 1) -> G
         "per_device_train_batch_size": batch // processes,
         "gradient_accumulation_steps": 1,
         "num_generations": train.group_size,
+        "num_generations_eval": 1,  # of held-out prompts: vLLM's server takes every n-th prompt of a batch
         "num_iterations": train.updates_per_batch,
         "learning_rate": train.learning_rate,
         "lr_scheduler_type": "constant",
@@ -104,6 +106,8 @@ def trl_arguments(config: Config, folder: RunFolder, *, processes: int = 1) -> G
         "disable_tqdm": True,
         "remove_unused_columns": False,
     }
+    if config.trl.get("shuffle_dataset") is False:
+        raise InputError("trl.shuffle_dataset is false, expected true: the prompts come in permutations of train.seed")
     accumulate = config.trl.get("gradient_accumulation_steps", 1)
     if accumulate < 1:
         raise InputError(f"trl.gradient_accumulation_steps is {accumulate}, expected at least 1")
@@ -123,6 +127,11 @@ def trl_arguments(config: Config, folder: RunFolder, *, processes: int = 1) -> G
         raise InputError(
             f"trl.per_device_train_batch_size * trl.steps_per_generation * {processes} processes is {made}, expected "
             f"train.prompts_per_step * train.group_size, which is {batch}"
+        )
+    if arguments.steps_per_generation % arguments.gradient_accumulation_steps:
+        raise InputError(
+            f"trl.steps_per_generation is {arguments.steps_per_generation}, expected a multiple of "
+            f"trl.gradient_accumulation_steps, which is {arguments.gradient_accumulation_steps}"
         )
     return arguments
 

@@ -22,6 +22,7 @@ from accelerate.utils import DistributedType, gather_object
 from torch.nn.functional import pad
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import split_tensor_dict
 
 from rlme.checkpoints import KeepsRollouts
 from rlme.errors import InputError
@@ -87,6 +88,7 @@ class RLMETrainer(KeepsRollouts, GRPOTrainer):
         """Rows of the data set whose completions are sampled next and judged then: judging of each may begin early."""
         self._truncated: list[bool] = []
         self._current_train_step_time: float
+        self._buffered_inputs: Any
         self._sampled_logps: list[list[float]] | None = None
         self._routers: RouterLogits | None = None
         super().__init__(model, reward_funcs=[reward], **trl_arguments)
@@ -139,6 +141,7 @@ class RLMETrainer(KeepsRollouts, GRPOTrainer):
         with self._timed("sample"):
             # Fully sharded weights are gathered in each forward pass, so all processes have to take as many.
             theirs = self.use_vllm or self.use_transformers_continuous_batching or self.is_fsdp_enabled
+            theirs = theirs or bool(self.args.generation_kwargs)  # which may name any of transformers' processors
             if not self.share_prefixes or theirs or images:
                 completion_ids, logprobs = super()._generate_single_turn(
                     prompt_ids, images, multimodal_fields, num_generations, has_tool_images
@@ -216,7 +219,8 @@ class RLMETrainer(KeepsRollouts, GRPOTrainer):
         whole = kind is None or not any(
             kind(len(ids) + len(one.ids)) for ids, group in zip(prompts, groups, strict=True) for one in group
         )
-        self._sampled_logps = [one.logprobs for one in drawn] if asked and plain and learning and whole else None
+        usable = asked and plain and learning and whole and not self.tools  # these let a completion take several turns
+        self._sampled_logps = [one.logprobs for one in drawn] if usable else None
         return [one.ids for one in drawn], None
 
     def _on_finished(self, counts: list[int]) -> Callable[[int, int, Sampled], None] | None:
@@ -242,6 +246,14 @@ class RLMETrainer(KeepsRollouts, GRPOTrainer):
     def _evaluators(self) -> list[Any]:
         return self.reward.evaluators(self) if self.reward.questions else []
 
+    def _generate(self, prompts: Any) -> Any:
+        self._truncated = []
+        result = super()._generate(prompts)
+        if len(self._truncated) != len(result[1]):  # tools or a rollout function: not one turn for each
+            ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+            self._truncated = [not ids or ids[-1] not in ends for ids in result[1]]
+        return result
+
     # -- judge ------------------------------------------------------------------------------------------------------
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Any:
@@ -261,6 +273,7 @@ class RLMETrainer(KeepsRollouts, GRPOTrainer):
         rows = self.reward.rows
         for i, (row, example) in enumerate(zip(rows, inputs, strict=True)):
             row["prompt_index"] = int(example.get("prompt_index", -1))
+            row["group"] = (self.accelerator.process_index * len(rows) + i) // self.num_generations
             row["sample"] = (self.accelerator.process_index * len(rows) + i) % self.num_generations
             row["truncated"] = self._truncated[i]
             row["advantage"] = None if row["reward"] is None else batch["advantages"][i].item()
@@ -274,6 +287,25 @@ class RLMETrainer(KeepsRollouts, GRPOTrainer):
         if self.model.training and self.on_rollouts is not None:
             self.on_rollouts(self.state.global_step + 1, gather_object(rows))
         return batch
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        """TRL's, which deals the rows of a new batch to micro-batches at random; here groups stay together, where all
+        micro-batches add up to one update."""
+        n = self.args.steps_per_generation
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        parts = self._buffered_inputs
+        images = any(isinstance(value, list) for value in inputs.values())
+        if parts is before or images or not self.share_prefixes or not 1 < n <= self.args.gradient_accumulation_steps:
+            return inputs
+        whole = {
+            key: torch.cat([part[key] for part in parts]) if isinstance(value, torch.Tensor) and value.ndim else value
+            for key, value in parts[0].items()
+        }
+        prompts = whole["prompt_ids"].tolist()
+        order = sorted(range(len(prompts)), key=prompts.__getitem__)
+        self._buffered_inputs = split_tensor_dict(rows_of(whole, order), n)
+        return self._buffered_inputs[self._step % n]
 
     # -- update -----------------------------------------------------------------------------------------------------
 
@@ -317,8 +349,9 @@ class RLMETrainer(KeepsRollouts, GRPOTrainer):
                 [ids[m] for ids, m in zip(input_ids[:, split:], mask[:, split:], strict=True)],
                 temperature=self.temperature,
                 compute_entropy=compute_entropy,
-                token_budget=None if torch.is_grad_enabled() or self._sharded else self.token_budget,
+                token_budget=None if torch.is_grad_enabled() else self.pass_budget,
                 routers=self._routers,
+                float32_head=self.args.cast_lm_head_to_fp32,
             )
         rest = (0, logits_to_keep - logps.shape[1])  # TRL's columns: the longest completion of the whole batch
         return pad(logps, rest), pad(entropies, rest) if entropies is not None else None, None
@@ -327,11 +360,14 @@ class RLMETrainer(KeepsRollouts, GRPOTrainer):
         """Sample and judge when a new batch is due, then one backward pass per pack of groups."""
         started = time.perf_counter()
         model.train()
+        if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers have two modes as well
+            self.optimizer.train()
         inputs = self._prepare_inputs(inputs)
         with self._timed("update"):
             packs = self._packs(model, inputs)
             total = torch.zeros((), device=self.accelerator.device)
-            tokens = [int(inputs["completion_mask"][rows].sum()) for rows in packs]
+            counted = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+            tokens = [int(counted[rows].sum()) for rows in packs]
             batch_rows, batch_tokens = sum(map(len, packs)), max(1, sum(tokens))
             first = {key: len(values) for key, values in self._metrics["train"].items()}
             several = len(packs) > 1 and self.accelerator.num_processes > 1
@@ -349,6 +385,7 @@ class RLMETrainer(KeepsRollouts, GRPOTrainer):
                     extra = {"scale_wrt_gas": False} if self._deepspeed else {}
                     self.accelerator.backward(loss, **extra)
                 total += loss.detach()
+                del loss  # and the weights that its graph has cast, before the next pass
             if len(packs) > 1:
                 merge_metrics(
                     self._metrics["train"],
@@ -392,6 +429,11 @@ class RLMETrainer(KeepsRollouts, GRPOTrainer):
     def _sharded(self) -> bool:
         """Whether weights may be gathered in each forward pass: all processes then have to take as many."""
         return self._deepspeed or bool(self.is_fsdp_enabled)
+
+    @property
+    def pass_budget(self) -> int | None:
+        """Tokens of a pass without gradient; None where processes have to take as many passes."""
+        return None if self._sharded else self.token_budget
 
     def _packs(self, model: Any, inputs: Any) -> list[list[int]]:
         """Rows of each forward-backward pass. One pass where the batch cannot be split exactly: DeepSpeed counts
