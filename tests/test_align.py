@@ -20,7 +20,7 @@ from rlme.align.inputs import compare_inputs, judge_inputs
 from rlme.align.pipeline import Alignment
 from rlme.align.prompts import load_prompts
 from rlme.align.stage import Lines, Stage, fingerprint
-from rlme.align.winrates import Match, table
+from rlme.align.winrates import Match, cells, table
 from rlme.commands import recipe_files
 from rlme.config_file import read_yaml, validate
 from rlme.errors import InputError, RunStopped
@@ -392,6 +392,11 @@ def test_rows_without_a_reference(tmp_path, tiny_policy_dir):
         ({"compare": {"also": {"dpo": "x"}}}, "the name 'dpo' is taken by a model of this run"),
         ({"judge": {"evaluators": ["a/x", "b/x"]}}, "judge.evaluators: two are called 'x'"),
         ({"compare": {"evaluators": [{"model": "x", "weight": 0}]}}, "the weight of 'x' is 0"),
+        ({"judge": {"questions": {"q": {"ask": "Is it?", "weight": 0}}}}, "judge.questions: all weights are 0"),
+        (
+            {"judge": {"questions": {"q": "Is it?"}, "evaluators": [{"model": "x", "weight": 0}]}, "compare": None},
+            "judge.evaluators: all weights are 0",
+        ),
     ],
 )
 def test_bad_configurations(tmp_path, tiny_policy_dir, content, message):
@@ -550,6 +555,12 @@ def test_win_rates_by_hand():
     assert row["win_rate"]["value"] == pytest.approx(2.5 / 4)
     assert row["soft"]["value"] == pytest.approx(1 - 1.7 / 4)
     assert row["length_controlled"]["value"] == pytest.approx(2.5 / 4)
+    assert row["equal"]["value"] == 1
+    same = [Match(i, "a", "b", 0.5, 0.5, (10, 10), same=True) for i in (5, 6)]
+    (more,) = table([*matches, *same, Match(7, "a", "b", 0.9, 0.1, (10, 10))], ["a", "b"], resamples=50, seed=0)
+    assert more["equal"]["value"] == pytest.approx(4 / 5)  # nobody was asked about equal answers
+    (none,) = table(same, ["a", "b"], resamples=50, seed=0)
+    assert none["equal"]["value"] is None and cells(none)[6] == ""
 
 
 def test_wins_that_length_explains_vanish_at_equal_length():

@@ -116,6 +116,22 @@ CASES: dict[str, tuple[Change, list[str]]] = {
         put("trl", {"gradient_accumulation_steps": 4}),
         ["trl.gradient_accumulation_steps", "4", "6"],
     ),
+    "prompts in another order": (put("trl", {"shuffle_dataset": False}), ["trl.shuffle_dataset", "train.seed"]),
+    "several batches for one update": (
+        put("trl", {"gradient_accumulation_steps": 2, "steps_per_generation": 1, "per_device_train_batch_size": 6}),
+        ["trl.steps_per_generation", "1", "trl.gradient_accumulation_steps", "2"],
+    ),
+    "LoRA modules by a pattern that is none": (
+        put("lora", {"target_modules": "*_proj"}),
+        ["lora.target_modules", "*_proj"],
+    ),
+    "a column that only the training data have": (
+        lambda c, f: (
+            put("questions", {"a": "Is it about {{ topic }}?"})(c, f),
+            put("data.eval", str(write_jsonl(f / "e.jsonl", [{"question": "Why?", "answer": "1"}])))(c, f),
+        ),  # type: ignore[dict-item,return-value]
+        ["data.eval", "topic"],
+    ),
     "unknown form of an answer": (put("data.completion_format", "lastnumber"), ["lastnumber"]),
     "half of a surrogate pair": (
         lambda c, f: (f / "prompts.jsonl").write_text('{"question": "\\ud83d", "answer": "1"}\n'),
@@ -166,6 +182,24 @@ def test_not_yaml(tmp_path: Path, capsys: Any) -> None:
     assert "c.yaml" in sentence and "line" in sentence
 
 
+def test_a_template_without_quotes(tiny_policy_dir: Path, tmp_path: Path, capsys: Any) -> None:
+    text = yaml.safe_dump(tiny_config(tmp_path, tiny_policy_dir)).replace("'{{ question }}'", "{{ question }}")
+    (tmp_path / "c.yaml").write_text(text)
+    sentence = run(["train", str(tmp_path / "c.yaml")], capsys)
+    assert "line" in sentence and "quotes" in sentence
+    assert "quotes" in run(["train", "quickstart", "--set", "data.prompt={{ question }}"], capsys)
+
+
+def test_what_would_be_lost_at_the_end_is_said_first(tiny_policy_dir: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tiny_config(tmp_path, tiny_policy_dir)))
+    impossible = str(tmp_path / "c.yaml" / "x.json")
+    for arguments in (["train", str(tmp_path / "c.yaml")], ["train", "--resume", str(tmp_path)], ["quickstart"]):
+        assert "x.json" in run([*arguments, "--json", impossible], capsys)
+    assert "--resume" in run(["train", "--resume", str(tmp_path), "-o", str(tmp_path / "other")], capsys)
+    assert "data.eval" in run(["quickstart", "--set", "data.eval=null", "-o", str(tmp_path / "q")], capsys)
+    assert not (tmp_path / "run").exists() and not (tmp_path / "q").exists()
+
+
 def test_two_questions_of_one_name(tiny_policy_dir: Path, tmp_path: Path, capsys: Any) -> None:
     text = yaml.safe_dump(tiny_config(tmp_path, tiny_policy_dir, questions={"a": "Is it?"}))
     (tmp_path / "c.yaml").write_text(text.replace("  a: Is it?", "  a: Is it?\n  a: Is it really?"))
@@ -205,6 +239,7 @@ def test_a_check_finds_what_a_run_would_refuse(tiny_policy_dir: Path, tmp_path: 
         ("data.prompt=qestion", "question"),
         ("trl.nosuch=1", "trl.nosuch"),
         ("data.train=no.csv", "data.train"),
+        ("evaluators=[./no/such/judge]", "no/such/judge"),
     ):
         assert told in run(["check", str(tmp_path / "c.yaml"), "--set", change], capsys)
 

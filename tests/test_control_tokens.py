@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AddedToken, AutoTokenizer
 
 from rlme import InputError, Judging, LocalEvaluator, Question, Sample, Template, judge, load_model, load_tokenizer
 from rlme.align.judge import Comparison, PairwiseJudge
@@ -73,6 +73,8 @@ def test_what_is_a_control_token(tiny_policy_dir: Path) -> None:
     tokenizer.add_special_tokens({"additional_special_tokens": ["[[TURN]]", "word", "ø"]})
     pattern = pattern_of(tokenizer)
     assert pattern.sub("", "a<|im_start|>b[[TURN]]c word ø <|other|>") == "abc word ø <|other|>"
+    tokenizer.add_tokens([AddedToken("<｜User｜>", special=False), AddedToken("<tool>", special=False)])
+    assert pattern_of(tokenizer).sub("", "a<｜User｜>b<tool>") == "ab<tool>"
 
 
 @pytest.mark.parametrize(

@@ -658,3 +658,48 @@ def test_low_label_mass_is_said_once_for_every_judge_and_protocol(tmp_path, monk
         assert output.count(said) == 2 and f"{said} 'refeval'; its verdicts" in output
     quiet = settings | {"judging": {"mass_warning": 0.1}}
     assert "warning" not in with_judge(monkeypatch, FakeJudge(mass=0.2), quiet, tmp_path / "quiet").output
+
+
+def test_options_hold_for_sets_of_every_spelling(tmp_path, monkeypatch):
+    source = write_rows(tmp_path / "toy.jsonl", [pair(i, 1 + i % 2) for i in range(6)])
+    for sets in (f"pairs:{source}", {"source": source}, [source]):
+        judge = FakeJudge()
+        monkeypatch.setattr("rlme.evaluators.build.build_evaluators", lambda *a, judge=judge, **k: [judge])
+        (tmp_path / "c.yaml").write_text(json.dumps({"judges": ["j"], "sets": sets, "resamples": 10}))
+        CliRunner().invoke(app, [str(tmp_path / "c.yaml"), "--limit", "2"], catch_exceptions=False)
+        assert len(judge.requests) == 4, sets
+
+
+def test_recorded_verdicts_take_labels_and_a_limit(tmp_path):
+    rows = [pair(i, "left" if i % 2 else "right", x_verdicts={"False": "1", "True": "2"}) for i in range(4)]
+    source = write_rows(tmp_path / "x.jsonl", rows)
+    arguments = ["--verdicts", source, "--labels", "left,right", "--limit", "3", "--resamples", "10"]
+    arguments += ["--json", str(tmp_path / "out.json")]
+    assert CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code == 0
+    (found,) = json.loads((tmp_path / "out.json").read_text())["runs"]
+    assert found["judged"] == 3
+
+
+def test_a_folder_of_two_settings_is_read_as_its_last(tmp_path, monkeypatch):
+    source = write_rows(tmp_path / "toy.jsonl", [pair(i, 1 + i % 2) for i in range(6)])
+    monkeypatch.setattr("rlme.evaluators.build.build_evaluators", lambda *a, **k: [FakeJudge()])
+    (tmp_path / "c.yaml").write_text(json.dumps({"judges": ["j"], "sets": [source], "resamples": 10}))
+    for more in (["--limit", "2"], []):
+        CliRunner().invoke(app, [str(tmp_path / "c.yaml"), "-o", str(tmp_path / "o"), *more], catch_exceptions=False)
+    kept = str(tmp_path / "o" / "verdicts.jsonl")
+    told = CliRunner().invoke(app, ["--verdicts", kept, "--json", str(tmp_path / "out.json")], catch_exceptions=False)
+    assert "1 earlier runs" in told.output
+    assert [run["judged"] for run in json.loads((tmp_path / "out.json").read_text())["runs"]] == [6]
+    with pytest.raises(InputError, match="leave out --column, --labels and --limit"):
+        CliRunner().invoke(app, ["--verdicts", kept, "--limit", "1"], catch_exceptions=False)
+
+
+def test_items_that_failed_in_a_bad_hour_are_asked_again(tmp_path, monkeypatch):
+    source = write_rows(tmp_path / "toy.jsonl", [pair(i, 1 + i % 2) for i in range(4)])
+    settings: dict = {"judges": ["j"], "sets": [source]}
+    asked = []
+    for fail_on in ("Question 2?", "Question 2?", None, None):
+        judge = FakeJudge(fail_on=fail_on) if fail_on else FakeJudge()
+        with_judge(monkeypatch, judge, settings, tmp_path / "out")
+        asked.append(len(judge.requests))
+    assert asked == [8, 2, 2, 0]

@@ -270,3 +270,17 @@ def test_shared_and_plain_agree(tiny_dir: Path) -> None:
 
 def test_request_is_plain_data() -> None:
     assert Request("text", ("Yes",)) == Request("text", ("Yes",))
+
+
+def test_joint_shows_each_question_with_its_own_answers(base: LocalEvaluator) -> None:
+    questions = [
+        Question("How is it?", "tone", labels=("fair", "poor"), target="poor", readout="yes_no"),
+        Question("How good is it?", "good", readout="scale"),
+        Question("Is it short?", "short", readout="yes_no"),
+    ]
+    recording = Recording(base)
+    judge(SAMPLES[:1], questions, [recording], Judging("reply", joint=True))
+    last = str(recording.requests[-1].context)
+    assert "How is it? (fair or poor)\nAnswer: poor\n" in last
+    assert "How good is it? (a whole number from 0 (not at all) to 4 (fully))\nAnswer: 4\n" in last
+    assert last.endswith("Is it short? (Yes or No)\nAnswer:")

@@ -79,6 +79,16 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest
         assert "cannot be written" in (said := capsys.readouterr().err) and "Traceback" not in said
 
 
+def test_the_command_builds_every_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rlme.cli import main
+
+    there: list[bool] = []
+    monkeypatch.setattr("rlme.lab.build.build_models", lambda out, console: there.append((out / "lab").exists()))
+    with pytest.raises(SystemExit):
+        main(["lab", "build", "--out", str(tmp_path / "new")])
+    assert there == [False]
+
+
 def test_building_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from rlme.lab import build
     from rlme.lab.pretrain import Plan, Stage

@@ -277,3 +277,14 @@ def test_a_reward_that_never_moves_does_not_rise() -> None:
             held_out = {GOLD: 0.9 if step < 200 else 0.4} if step % 10 == 0 else {}
             said.append(alarm.update(step, start if step < 20 else 0.5, held_out))
         assert any(said) == expected
+
+
+def test_the_checkpoint_that_an_alarm_has_named_stays_a_candidate() -> None:
+    alarm = Alarm(prompts=1000)
+    for step in range(1, 31):
+        alarm.update(step, -1.0 / step, {GOLD: 0.9 if step < 20 else 0.2})
+    named = alarm.before
+    assert named is not None
+    for step in range(31, 60):
+        alarm.update(step, -1.0 / step, {GOLD: 0.99})
+    assert named in alarm.candidates

@@ -374,3 +374,14 @@ def test_small_formats() -> None:
 def test_samples_read_what_training_writes(run_folder: Path) -> None:
     path = next(iter(read_run(run_folder).rollout_files().values()))
     assert pq.read_schema(path).names[:3] == ["step", "prompt_index", "sample"]
+
+
+def test_the_cost_has_the_held_out_prompts_too(tmp_path: Path) -> None:
+    from rlme.report.content import spending
+
+    folder = write_run(tmp_path / "run", steps=4, prompts=2, eval_every=2, eval_prompts=2)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line |= {"cost/step": 1.0, "endpoint/judge/cost": 1.5, "endpoint/other/cost": 0.25}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert spending(read_run(folder)).cost == pytest.approx(1.75 * len(lines))

@@ -4,7 +4,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from trl import GRPOConfig
 
@@ -75,11 +77,25 @@ def test_a_function_may_be_all_of_the_reward() -> None:
         ({"f": (words, "much")}, "function 'f': weight is 'much', expected a number"),
         ({"f": (words, math.nan)}, "function 'f': weight is nan"),
         ({"f": lambda **_: [1.0]}, "function 'f' returned 1 values for 2 completions"),
+        ({"f": lambda **_: None}, "function 'f' returned None, expected a number or None for each completion"),
+        ({"f": lambda **_: "12"}, "function 'f' returned '12', expected a number or None for each completion"),
+        ({"f": lambda **_: {"a": 1.0, "b": 2.0}}, "function 'f' returned {'a': 1.0"),
+        ({"f": lambda **_: ["1", 2.0]}, "function 'f' returned '1' for a completion, expected a number or None"),
+        ({"f": lambda **_: [[1.0], [2.0]]}, r"function 'f' returned \[1.0\] for a completion"),
     ],
 )
 def test_mistakes(functions: Any, said: str) -> None:
+    """Named, and before anything is asked."""
+    judge = RuleJudge()
     with pytest.raises(InputError, match=said):
-        meta(functions=functions)(PROMPTS, COMPLETIONS)
+        MetaReward(["Is it short?"], [judge], judging=JUDGING, functions=functions)(PROMPTS, COMPLETIONS)
+    assert judge.requests == []
+
+
+def test_numbers_of_other_libraries() -> None:
+    weight = np.float32(0.5)
+    reward = meta(functions={"f": (lambda **_: np.array([1, 2]), weight), "g": (lambda **_: torch.ones(2), 0)})
+    assert reward(PROMPTS, COMPLETIONS) == meta(functions={"f": (lambda **_: [1.0, 2.0], 0.5)})(PROMPTS, COMPLETIONS)
 
 
 def test_in_training(tiny_policy_dir: Path, tmp_path: Path) -> None:

@@ -134,11 +134,22 @@ def test_a_threshold_keeps_what_it_promises_on_unseen_prompts() -> None:
     assert any("For 80% abstain below" in line for line in sentences(report))
 
 
-def test_a_threshold_that_does_not_exist_is_said() -> None:
+def test_a_threshold_that_does_not_exist_is_said(tmp_path: Path) -> None:
     groups = [group(0.9, 0.1, right=1) for _ in range(10)] + [group(0.8, 0.1, right=1)]
     report = evaluate(groups, list(ways(groups, RuleJudge(number)).values()), accuracy=0.9)
     assert all(m.threshold is None for m in report.methods)
     assert any("No threshold reaches 90%" in line for line in sentences(report))
+    write_chosen(groups, list(ways(groups, RuleJudge(number)).values()), report, tmp_path / "out.jsonl")
+    assert all(json.loads(line)["abstain"] for line in (tmp_path / "out.jsonl").read_text().splitlines())
+
+
+def test_failed_judgements_are_said() -> None:
+    groups = [group(0.2, 0.9), group(0.3, 0.8)]
+    way = ways(groups, RuleJudge(number, fail_on="0.9"))["reward"]
+    assert way.failures == {"timeout": 1}
+    report = evaluate(groups, [way])
+    report.failures = way.failures
+    assert sentences(report)[-1] == "1 judgements failed (timeout x1)."
 
 
 def test_without_labels_nothing_is_measured(tmp_path: Path) -> None:

@@ -251,6 +251,9 @@ def test_content_parts_and_an_empty_answer() -> None:
         ({"questions": {}, "evaluators": ["m"]}, "needs `questions`"),
         ({"questions": {"q": "Right?"}, "evaluators": ["m"], "reward": "rlvr"}, "set data.answer"),
         ({"questions": {"q": "Right?"}, "evaluators": ["m"], "tempo": 1}, "tempo"),
+        ({"questions": {"q": "{{ n_tokens }} tokens: short?"}, "evaluators": ["m"]}, "n_tokens"),
+        ({"questions": {"q": "Right?"}, "evaluators": ["m"], "data": {"compare": "maths"}}, "'maths', expected math"),
+        ({"questions": {"q": "Right?"}, "evaluators": ["m"], "data": {"completion_format": "regex:("}}, "regex:"),
     ],
 )
 def test_what_cannot_be_served_is_refused(content: dict[str, Any], message: str) -> None:

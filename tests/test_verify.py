@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -63,6 +64,10 @@ EQUAL = [
     (r"\$18", "18"),
     ("18 dollars per day", "18"),
     (r"72\text{ cm}", "72"),
+    ("5 m", "5"),
+    ("5m", "5"),
+    ("12 x", "12"),
+    ("3cm", "3"),
     ("42.", "42"),
     ("\u22125", "-5"),
     ("1e3", "1000"),
@@ -74,6 +79,8 @@ DIFFERENT = [
     ("-5", "5"),
     ("5 March", "5 April"),
     ("5 feet", r"5\text{ metres}"),
+    ("3", "3x"),
+    ("2i", "2"),
     ("100000001", "100000000"),
     ("12:30", "1230"),
     ("seven", "7"),
@@ -177,3 +184,29 @@ def test_gsm8k_gold_and_labels(shared_data: Path) -> None:
         assert gold is not None
         agree += is_correct(record["solution"], gold, method=r"regex:A:\s*(.+)") == record["is_correct"]
     assert (agree, len(judged)) == (3200, 3200)
+
+
+def test_an_interrupt_loses_no_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer to what was interrupted is not read as the next one's."""
+    from rlme.math_worker import MathWorker
+
+    worker = MathWorker()
+    assert worker.equal("1+x", "x+1")
+
+    process = worker._process
+    assert process is not None
+    replies = process.stdout
+
+    class Interrupted:
+        def readline(self) -> str:
+            raise KeyboardInterrupt
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(replies, name)
+
+    monkeypatch.setattr(process, "stdout", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        worker.equal("x", "x")
+    assert process.poll() is not None
+    assert not worker.equal("x", "y") and worker.equal("y", "y")
+    worker.close()
