@@ -13,6 +13,7 @@ FILE.part beside the page until it is written: the same command goes on there, a
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -218,7 +219,11 @@ def processor() -> str:
 def machine() -> dict[str, str]:
     """What numbers of one page have in common."""
     packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "trl"))
+    digest = hashlib.sha256()
+    for file in (*sorted((HERE.parent / "src").rglob("*.py")), *sorted(HERE.glob("*.py"))):
+        digest.update(file.read_bytes())
     return {
+        "code": digest.hexdigest(),
         "machine": f"{processor()}, {os.cpu_count()} cores{'' if fast_bfloat16() else ' (without bfloat16)'}",
         "packages": packages,
     }

@@ -8,8 +8,10 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from rlme.config import Config, PairwiseRewardConfig
-from rlme.evaluators.endpoint_config import EndpointConfig
+from rlme.align.config import AlignConfig
+from rlme.config import Config, PairwiseRewardConfig, TemplateConfig
+from rlme.evaluators.endpoint_config import EndpointConfig, Prices
+from rlme.judgebench.config import BenchConfig, SetConfig
 
 HEAD = """# Configuration
 
@@ -43,8 +45,8 @@ def kind(annotation: Any) -> str:
         return "null"
     if choices := [a for a in get_args(annotation) if isinstance(a, str)]:
         return " \\| ".join(choices)
-    if sections(annotation):
-        return "section" if not get_args(annotation) else "section or null"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "section"
     names = {bool: "true \\| false", int: "integer", float: "number", str: "text"}
     if annotation in names:
         return names[annotation]
@@ -60,8 +62,8 @@ def table(model: type[BaseModel]) -> list[str]:
     lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for name, field in model.model_fields.items():
         default = "required" if field.is_required() else f"`{field.default!r}`"
-        if field.default is PydanticUndefined and not field.is_required():
-            default = ""
+        if (field.default is PydanticUndefined and not field.is_required()) or isinstance(field.default, BaseModel):
+            default = ""  # of a section: those in its table
         text = " ".join((field.description or "").split()).replace("|", "\\|")
         lines.append(f"| `{name}` | {kind(field.annotation)} | {default} | {text} |")
     return lines
@@ -80,9 +82,18 @@ def page() -> str:
         if name == "reward":
             lines += ["### reward.pairwise", "", "See [align.md](align.md#the-bridge-to-rlme-train).", ""]
             lines += [*table(PairwiseRewardConfig), ""]
-        elif not field.is_required():
+        elif not field.is_required() and not isinstance(field.default, BaseModel):
             lines += [f"Default: `{field.default!r}`.", ""]
+    lines += ["## template", "", "Where it is not a name.", "", *table(TemplateConfig), ""]
     lines += ["## evaluators: endpoint", "", "See [endpoints.md](endpoints.md).", "", *table(EndpointConfig), ""]
+    lines += ["## evaluators: endpoint: prices", "", *table(Prices), ""]
+    lines += ["## The file of rlme align", "", "See [align.md](align.md).", "", *table(AlignConfig), ""]
+    for name, field in AlignConfig.model_fields.items():
+        if name not in Config.model_fields or name == "data":
+            for found in sections(field.annotation)[:1]:
+                lines += [f"### align: {name}", "", *table(found), ""]
+    lines += ["## The file of rlme judge-bench", "", "See [judge-bench.md](judge-bench.md).", "", *table(BenchConfig), ""]
+    lines += ["### judge-bench: sets", "", *table(SetConfig), ""]
     return "\n".join(lines)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -16,6 +18,7 @@ from rlme.evaluators import endpoint_probe, endpoint_tokens
 from rlme.evaluators.base import Evaluator
 from rlme.evaluators.endpoint import EndpointEvaluator, families
 from rlme.evaluators.endpoint_config import EndpointConfig, Prices
+from rlme.evaluators.endpoint_tokens import TokenServer
 from rlme.evaluators.endpoint_wire import CallFailed, NextTokens, read_named_tokens
 from rlme.judgement import Failure, Message, Request
 from rlme.judging import Judging
@@ -479,3 +482,18 @@ def test_the_probe_counts_for_the_cap() -> None:
         config = EndpointConfig(base_url=server.url, prices=Prices(input=10.0), max_cost=0.01)
         with pytest.raises(RunStopped, match="max_cost"):
             EndpointEvaluator(config, spent_before=0.01)
+
+
+def test_a_text_that_begins_like_every_text_does_so_once() -> None:
+    """Of a template that writes the beginning itself, to a server that puts it before every text."""
+
+    class Server(TokenServer):
+        async def tokenize(self, text: str, *, special: bool) -> list[int]:
+            found = [1 if token == "<s>" else ord(token) for token in re.findall("<s>|.", text)]
+            return [1, *found] if special else found
+
+    server = Server(None, "m", "vLLM", "http://x", True)  # type: ignore[arg-type]
+    for text in ("<s>hi", "hi", "aab", "<s><s>hi"):
+        expected = [1, *(ord(c) for c in text.replace("<s>", ""))]
+        found = asyncio.run(server.encode(text, ""))
+        assert found == (expected if not text.startswith("<s><s>") else [1, *expected])

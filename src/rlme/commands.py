@@ -47,6 +47,7 @@ def read_config(name: str, overrides: Sequence[str] = (), output: Path | None = 
     """Read, override and check a configuration. Data and models may be given relative to the configuration's folder."""
     path = find_config(name)
     content = apply_overrides(read_yaml(path), overrides)
+    content.pop("run_info", None)  # of a run's own config.yaml
     if output is not None:
         content["output"] = str(output)
     elif "output" not in content:

@@ -62,7 +62,7 @@ class DataConfig(Section):
     """Where prompts come from, and (optionally) the known answers kept for measuring."""
 
     train: str = Field(min_length=1)
-    """File of prompts (.jsonl, .csv, .parquet) or hub dataset id."""
+    """File of prompts (.jsonl, .json, .csv, .parquet) or hub dataset id."""
     eval: str | None = None
     """Held-out prompts, measured every `train.eval_every` steps. Never trained on."""
     name: str | None = None
@@ -80,9 +80,11 @@ class DataConfig(Section):
     answer: str | None = None
     """Gold: the column with the known answer. It is only measured, unless `reward` says rlvr or anchor."""
     answer_format: str = "auto"
-    """How the answer is read from the gold column: auto | boxed | #### | last_number | text | regex:PATTERN."""
+    """How the answer is read from the gold column: auto (boxed, else ####, else all of it) | boxed | #### | last_number
+    | text | regex:PATTERN."""
     completion_format: str | None = None
-    """How a completion's answer is read (same choices). Default: auto when there is gold, else not at all."""
+    """How a completion's answer is read (same choices; auto: boxed, else ####, else the last number). Default: auto when
+    there is gold, else not at all."""
     compare: Literal["math", "exact"] = "math"
     """How the two are compared: as mathematics (math-verify), or exactly after removing case and punctuation."""
     max_prompt_tokens: int = Field(1024, ge=1)
@@ -173,7 +175,7 @@ class EvaluatorConfig(Section):
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"
-    """Type of the evaluator's weights. auto: bfloat16 on a GPU, float32 on a CPU."""
+    """Type of the evaluator's weights. auto: bfloat16 on a CUDA GPU, else float32."""
     load_in_4bit: bool = False
     """NF4 quantisation through bitsandbytes (needs a GPU)."""
     trust_remote_code: bool = False
@@ -283,7 +285,7 @@ class TrainConfig(Section):
     """Weight of the KL to the starting model (TRL's beta); 0 needs no reference model."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of sampling, judging by the policy, and the loss (weights and optimiser stay as they are). auto:
-    bfloat16 where the hardware has it (GPUs, CPUs with AVX512-BF16), else float32."""
+    bfloat16 where the hardware has it (CUDA GPUs, CPUs with AVX512-BF16), else float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     share_prefixes: bool = True
@@ -345,7 +347,7 @@ class Config(Section):
     lora: LoraConfig | None = None
     """Train an adapter: `lora: {}` for the defaults. Without this key all weights are trained."""
     output: str = "runs/run"
-    """The run's folder. It must not exist yet."""
+    """The run's folder; nothing may be in it yet. Commands take `runs/` and the file's name where it is not given."""
     trl: dict[str, Any] = {}
     """Any other argument of TRL's GRPOConfig: use_vllm, report_to, push_to_hub, deepspeed, fsdp, ..."""
 

@@ -87,7 +87,10 @@ class TokenServer:
     async def encode(self, context: str | tuple[Message, ...], prefill: str) -> list[int]:
         """Token ids of a whole context, as the model sees it."""
         if isinstance(context, str):
-            return await self.tokenize(context + prefill, special=True)
+            ids = await self.tokenize(context + prefill, special=True)
+            # What a chat template wrote, and is continued as text, begins with the token that begins every text.
+            twice = len(ids) > 1 and ids[0] == ids[1] and await self._begins_texts(ids[0])
+            return ids[1:] if twice else ids
         messages = list(context)
         if self.kind == "llama.cpp":
             url = f"{self.root}/apply-template"
@@ -98,6 +101,11 @@ class TokenServer:
             body["messages"] = [*messages, {"role": "assistant", "content": prefill}]
             body["continue_final_message"] = True
         return (await self.client.call(f"{self.root}/tokenize", body, _token_ids))[0]
+
+    async def _begins_texts(self, token: int) -> bool:
+        """Whether the server puts this token, by itself, before a text that it is asked to begin."""
+        whole, bare = await self.tokenize("a", special=True), await self.tokenize("a", special=False)
+        return whole == [token, *bare]
 
     async def spell(self, text: str) -> tuple[int, ...]:
         """Token ids of a continuation; encoded behind a newline, so that no tokenizer puts a space before it."""

@@ -52,7 +52,12 @@ def serve(
     from rlme.serve.config import ServeConfig, check_labels, make_evaluators, make_reward
 
     content = apply_overrides(read_yaml(config), overrides or [])
+    content.pop("run_info", None)  # of a run's own config.yaml
     checked = validate(ServeConfig, content, str(config))
+    for spec in checked.evaluators:  # a folder may be named as seen from the file's
+        beside = config.parent / spec.model if spec.model else None
+        if beside is not None and not Path(str(spec.model)).exists() and beside.exists():
+            spec.model = str(beside)
     with _listen(host, port) as listening:  # before the models are loaded: who asks meanwhile waits
         evaluators = make_evaluators(checked)
         check_labels(checked, evaluators)

@@ -1,4 +1,4 @@
-"""The file's training settings as TRL and PEFT arguments."""
+"""The file's training settings as TRL arguments."""
 
 from __future__ import annotations
 

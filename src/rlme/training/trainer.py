@@ -4,7 +4,8 @@
 
 TRL keeps the loop, the distribution, the optimiser and every loss formula. Three of its methods are replaced, each by
 an equal but cheaper computation over shared prefixes: `_generate_single_turn`, `_get_per_token_logps_and_entropies`,
-and `training_step` (one backward pass per pack of whole groups instead of per fixed number of rows).
+and `training_step` (one backward pass per pack of whole groups instead of per fixed number of rows). Beside them, the
+order of the prompts is ours (`rlme.training.order`), and groups stay together in micro-batches.
 """
 
 from __future__ import annotations
