@@ -92,7 +92,8 @@ def page() -> str:
         if name not in Config.model_fields or name == "data":
             for found in sections(field.annotation)[:1]:
                 lines += [f"### align: {name}", "", *table(found), ""]
-    lines += ["## The file of rlme judge-bench", "", "See [judge-bench.md](judge-bench.md).", "", *table(BenchConfig), ""]
+    lines += ["## The file of rlme judge-bench", "", "See [judge-bench.md](judge-bench.md).", ""]
+    lines += [*table(BenchConfig), ""]
     lines += ["### judge-bench: sets", "", *table(SetConfig), ""]
     return "\n".join(lines)
 

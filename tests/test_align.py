@@ -393,6 +393,7 @@ def test_rows_without_a_reference(tmp_path, tiny_policy_dir):
         ({"judge": {"evaluators": ["a/x", "b/x"]}}, "judge.evaluators: two are called 'x'"),
         ({"compare": {"evaluators": [{"model": "x", "weight": 0}]}}, "the weight of 'x' is 0"),
         ({"judge": {"questions": {"q": {"ask": "Is it?", "weight": 0}}}}, "judge.questions: all weights are 0"),
+        ({"dpo": {"batch_size": 64, "device_batch_size": 48}}, "device_batch_size is 48, expected a divisor"),
         (
             {"judge": {"questions": {"q": "Is it?"}, "evaluators": [{"model": "x", "weight": 0}]}, "compare": None},
             "judge.evaluators: all weights are 0",

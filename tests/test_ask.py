@@ -355,3 +355,12 @@ def test_no_question_at_all(tmp_path: Path, tiny_policy_dir: Path) -> None:
     result = invoke(str(path))
     assert isinstance(result.exception, InputError)
     assert "there is no question" in str(result.exception)
+
+
+def test_a_negative_weight_wants_the_wrong_ones_high() -> None:
+    wrong = noisy()
+    asked = ask(sums(), [Question("Is it wrong?", "wrong", weight=-1.0)],
+                [RuleJudge(lambda text: 1 - wrong(text))], [WAY])  # fmt: skip
+    (verdict,) = asked.verdicts
+    assert verdict.auroc is not None and verdict.auroc.value > 0.95
+    assert not any("wrong way round" in said for said in verdict.complaints)

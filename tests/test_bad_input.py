@@ -121,6 +121,10 @@ CASES: dict[str, tuple[Change, list[str]]] = {
         put("trl", {"gradient_accumulation_steps": 2, "steps_per_generation": 1, "per_device_train_batch_size": 6}),
         ["trl.steps_per_generation", "1", "trl.gradient_accumulation_steps", "2"],
     ),
+    "LoRA of the output layer": (
+        put("lora", {"target_modules": ["q_proj", "lm_head"]}),
+        ["lora.target_modules", "output layer"],
+    ),
     "LoRA modules by a pattern that is none": (
         put("lora", {"target_modules": "*_proj"}),
         ["lora.target_modules", "*_proj"],

@@ -80,7 +80,8 @@ def test_what_is_a_control_token(tiny_policy_dir: Path) -> None:
 @pytest.mark.parametrize(
     "token",
     ["<|im_end|>", "<|eot_id|>", "<|begin_of_text|>", "<s>", "</s>", "<end_of_turn>", "<start_of_turn>", "[INST]",
-     "[/INST]", "<<SYS>>", "<</SYS>>", "<eos>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>", "[SYSTEM_PROMPT]"],
+     "[/INST]", "<<SYS>>", "<</SYS>>", "<eos>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>", "[SYSTEM_PROMPT]",
+     "<turn|>", "<|turn>", "[|endofturn|]"],
 )  # fmt: skip
 def test_of_servers_whose_tokenizer_is_not_here(token: str) -> None:
     text = harmless(f"Good.{token}{token}user", evaluator=object())

@@ -15,6 +15,7 @@ from rlme.errors import InputError
 from rlme.models import (
     BUILTIN,
     ModelSource,
+    end_of_turn,
     has_chat_template,
     is_base_model,
     load_model,
@@ -255,3 +256,28 @@ class TestBadSources:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
         with pytest.raises(InputError, match="set XDG_CACHE_HOME"):
             load_model(tmp_path / "model.gguf")
+
+
+def test_contradicting_sampling_settings_can_be_saved_again(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_policy_dir, tmp_path / "old")
+    file = tmp_path / "old" / "generation_config.json"
+    settings = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps(settings | {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 2, "do_sample": False}))
+    model = load_model(tmp_path / "old")
+    assert model.generation_config is not None and model.generation_config.eos_token_id == 2
+    model.generation_config.pad_token_id = 1  # as trainers do
+    model.save_pretrained(tmp_path / "new")
+
+
+def test_the_end_of_a_turn(tiny_policy_dir: Path, tiny_base_dir: Path) -> None:
+    tokenizer = load_tokenizer(tiny_policy_dir)
+    end = end_of_turn(tokenizer)
+    assert end is not None and tokenizer.decode([end]) == "<|im_end|>"
+    assert end_of_turn(load_tokenizer(tiny_base_dir)) is None
+
+
+def test_weights_that_are_no_weights(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_policy_dir, tmp_path / "pointer")
+    (tmp_path / "pointer" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_model(tmp_path / "pointer")

@@ -288,3 +288,13 @@ def test_the_checkpoint_that_an_alarm_has_named_stays_a_candidate() -> None:
     for step in range(31, 60):
         alarm.update(step, -1.0 / step, {GOLD: 0.99})
     assert named in alarm.candidates
+
+
+def test_a_judgement_of_a_negative_question_is_no_number_to_keep_up() -> None:
+    def judged(question: str, weight: float) -> dict[str, Any]:
+        return {"evaluator": "j", "question": question, "score": -1.0, "probability": 0.4, "mass": 1.0,
+                "failure": None, "weight": weight}  # fmt: skip
+
+    row = {"prompt_index": 0, "reward": 0.5, "correct": None, "completion": "x", "tokens": 1, "truncated": False}
+    rows = [row | {"judgements": [judged("good", 0.0), judged("bloated", 0 * -0.5)]} for _ in range(2)]
+    assert heldout_values(rows) == {"judge/j/good/probability": 0.4}

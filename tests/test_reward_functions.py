@@ -120,3 +120,12 @@ def test_in_training(tiny_policy_dir: Path, tmp_path: Path) -> None:
         assert row["reward"] == pytest.approx(judged + 0.25 * row["tokens"])
     logged = next(line for line in trainer.state.log_history if "function/length" in line)
     assert logged["reward"] == pytest.approx(sum(row["reward"] for row in reward.rows) / 4, abs=1e-3)
+
+
+def test_a_column_that_a_variable_hides_is_refused_in_python_too() -> None:
+    reward = MetaReward(["Does it follow from {{ context }}?"], [RuleJudge()], judging=JUDGING)
+    with pytest.raises(InputError, match="rename the column"):
+        reward(PROMPTS, COMPLETIONS, context=["a passage", "another"])
+    assert None not in MetaReward(["Is it short?"], [RuleJudge()], judging=JUDGING)(
+        PROMPTS, COMPLETIONS, context=["", ""]
+    )

@@ -267,3 +267,9 @@ def test_the_command_end_to_end(tmp_path: Path, tiny_policy_dir: Path) -> None:
     for option in ("--output", "--json"):
         refused = invoke(str(path), "--set", "model=nothing-here", option, str(source / "file-is-no-folder"))
         assert isinstance(refused.exception, InputError) and "cannot be written" in str(refused.exception)
+
+
+def test_a_negative_weight_wants_the_least() -> None:
+    question = [Question("Is it long-winded?", "long", weight=-1.0)]
+    found = {way.name: way for way in choose([group(0.2, 0.9)], question, [RuleJudge(number)], [1.0], WAY)}
+    assert found["eval"].choices == [(0, pytest.approx(0.8))] and found["reward"].choices[0][0] == 0

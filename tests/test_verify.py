@@ -210,3 +210,12 @@ def test_an_interrupt_loses_no_order(monkeypatch: pytest.MonkeyPatch) -> None:
     assert process.poll() is not None
     assert not worker.equal("x", "y") and worker.equal("y", "y")
     worker.close()
+
+
+def test_nested_boxes_take_no_time() -> None:
+    """A policy may repeat itself; each of these would otherwise be read to the end of the text."""
+    start = time.perf_counter()
+    assert extract_answer(r"\boxed{" * 20_000, "boxed") is None
+    assert extract_answer(r"\boxed{" * 20_000 + "7}", "boxed") == "7"
+    assert time.perf_counter() - start < 2
+    assert extract_answer(r"\boxed{a{b}\boxed{c}} } \boxed{d", "boxed") == "c"

@@ -153,7 +153,7 @@ def ask(
                 verdict = _verdict(question, evaluator, way, column, moved, seconds)
                 if not any_differ:
                     verdict.spread = bootstrap([])
-                _against_labels(verdict, groups, column)
+                _against_labels(verdict, groups, column, turned=question.weight < 0)
                 verdict.complaints = complaints(verdict)
                 asked.verdicts.append(verdict)
                 asked.judgements[verdict.name] = column
@@ -262,13 +262,16 @@ def bootstrap(values: Sequence[float], seed: int = 0) -> Interval:
     return Interval(fmean(values), means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES) - 1])
 
 
-def _against_labels(verdict: Verdict, groups: Sequence[Sequence[Candidate]], judged: list[list[Judgement]]) -> None:
+def _against_labels(
+    verdict: Verdict, groups: Sequence[Sequence[Candidate]], judged: list[list[Judgement]], *, turned: bool
+) -> None:
+    """AUROC and calibration; `turned`: the question's weight is negative, its target is a wrong answer's."""
     import numpy as np
 
     from rlme.judgebench import metrics
 
     rows = [
-        (g, c.right, j.score, j.probability)
+        (g, c.right, -j.score if turned else j.score, 1 - j.probability if turned else j.probability)
         for g, (group, js) in enumerate(zip(groups, judged, strict=True))
         for c, j in zip(group, js, strict=True)
         if c.right is not None and j.score is not None and j.probability is not None

@@ -236,6 +236,7 @@ def _bar(console: Console) -> Any:
         TimeRemainingColumn(),
         console=console,
         transient=True,
+        speed_estimate_period=math.inf,  # by default, what takes longer than half a minute has no time left
         disable=not console.is_terminal,
     )
 

@@ -161,9 +161,10 @@ def main(arguments: list[str] | None = None) -> Any:
     except (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
         _say("error", f"{error.filename}: {error.strerror}")
         sys.exit(2)
-    except KeyboardInterrupt:
-        _say("stopped", "interrupted; the last checkpoint stays")
-        sys.exit(130)
+    except SystemExit as ended:
+        if ended.code == 130:  # what typer makes of Ctrl-C
+            _say("stopped", "interrupted")
+        raise
 
 
 def _say(kind: str, sentence: str) -> None:

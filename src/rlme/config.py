@@ -83,8 +83,8 @@ class DataConfig(Section):
     """How the answer is read from the gold column: auto (boxed, else ####, else all of it) | boxed | #### | last_number
     | text | regex:PATTERN."""
     completion_format: str | None = None
-    """How a completion's answer is read (same choices; auto: boxed, else ####, else the last number). Default: auto when
-    there is gold, else not at all."""
+    """How a completion's answer is read (same choices; auto: boxed, else ####, else the last number). Default: auto
+    when there is gold, else not at all."""
     compare: Literal["math", "exact"] = "math"
     """How the two are compared: as mathematics (math-verify), or exactly after removing case and punctuation."""
     max_prompt_tokens: int = Field(1024, ge=1)

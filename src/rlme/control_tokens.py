@@ -12,7 +12,7 @@ from typing import Any
 
 # Of a judge whose tokenizer is not here (an endpoint): the spellings of the families of models in use.
 COMMON = re.compile(
-    r"<[|｜][^<>|｜\s]{1,60}[|｜]>|</?s>|<(?:bos|eos|pad|unk|mask|sep|cls)>|<(?:start|end)_of_\w{1,20}>"
+    r"<[|｜][^<>|｜\s]{1,60}[|｜]>|<\|\w{1,30}>|<\w{1,30}\|>|\[\|/?\w{1,30}\|\]|</?s>|<(?:bos|eos|pad|unk|mask|sep|cls)>|<(?:start|end)_of_\w{1,20}>"
     r"|\[/?(?:INST|SYSTEM_PROMPT|TOOL_CALLS|TOOL_RESULTS|AVAILABLE_TOOLS)\]|<</?SYS>>"
 )
 

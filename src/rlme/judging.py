@@ -8,7 +8,7 @@ The same stage serves training, `rlme ask`, the judge benchmark, best-of-n selec
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -139,8 +139,7 @@ def check_templates(
     """Refuse, before anything is computed, a template or question that uses a name which is no column or variable, or
     which is both; or a question with one of the `absent`, variables that nothing is known for here."""
     known = {*TEMPLATE_VARIABLES, *columns}
-    # Columns `prompt` and `question` are common, and nobody means them: the prompt is made of them.
-    both = ({"context", "anchor"} | OF_THE_ANSWER) & set(columns)
+    refuse_hidden(questions, judging, columns)
     for question in questions:
         where = f"question {question.name!r}"
         check_variables(question.ask, known - {"question", "previous"}, where=where)
@@ -151,18 +150,31 @@ def check_templates(
             template = find_template(question.template or judging.template, chat=chat)
             check_variables(template.text, known, where=f"{where}, template")
             shown = undeclared(template.text)
-            written = undeclared(question.ask) | (set() if template in TEMPLATES.values() else shown)
-            if hidden := sorted(written & both):
-                raise InputError(
-                    f"{where}: {{{{ {hidden[0]} }}}} is rlme's own variable (docs/evaluators.md), and the data have a "
-                    "column of that name, which it hides: rename the column"
-                )
             if "question" not in shown:
                 raise InputError(f"{where}, template: it does not show {{{{ question }}}}, so nothing would be asked")
             if template.kind != "turn" and not (shown | undeclared(question.ask)) & OF_THE_ANSWER:
                 raise InputError(
                     f"{where}, template: it does not show {{{{ completion }}}} (or {{{{ answer }}}}), so all would be "
                     "judged alike"
+                )
+
+
+def refuse_hidden(questions: Sequence[Question], judging: Judging, columns: Iterable[str]) -> None:
+    """Refuse a column that one of our variables hides, where a question or a template of the user's shows that name.
+
+    Columns `prompt` and `question` are common, and nobody means them: the prompt is made of them.
+    """
+    both = ({"context", "anchor"} | OF_THE_ANSWER) & set(columns)
+    for question in questions if both else ():
+        for chat in (False, True):
+            template = find_template(question.template or judging.template, chat=chat)
+            written = undeclared(question.ask) | (
+                set() if template in TEMPLATES.values() else undeclared(template.text)
+            )
+            if hidden := sorted(written & both):
+                raise InputError(
+                    f"question {question.name!r}: {{{{ {hidden[0]} }}}} is rlme's own variable (docs/evaluators.md), "
+                    "and the data have a column of that name, which it hides: rename the column"
                 )
 
 

@@ -19,9 +19,14 @@ def lora_arguments(lora: LoraConfig | None, model: PreTrainedModel) -> Any:
 
     Raises `InputError` where the model has no such modules, or PEFT cannot adapt them.
     """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if getattr(model, "is_quantized", False) and (lora is None or not (quantizer and quantizer.is_trainable)):
+        how = "add `lora: {}` to train an adapter" if lora is None else "nor can an adapter on them"
+        raise InputError(f"model: its weights are quantised and cannot be trained; {how}")
     if lora is None:
         return None
     import peft
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     # A linear layer of the model's own making is none to PEFT: it returns more than its product (a router of experts).
     others = [
@@ -40,7 +45,7 @@ def lora_arguments(lora: LoraConfig | None, model: PreTrainedModel) -> Any:
     with torch.device("meta"):  # shapes without memory
         skeleton = type(model)(copy.deepcopy(model.config))
         try:
-            peft.get_peft_model(skeleton, copy.deepcopy(arguments))
+            adapted = peft.get_peft_model(skeleton, copy.deepcopy(arguments))
         except (ValueError, re.error) as error:
             linear = (torch.nn.Linear, Conv1D)
             names = {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, linear)}
@@ -48,4 +53,9 @@ def lora_arguments(lora: LoraConfig | None, model: PreTrainedModel) -> Any:
                 f"lora.target_modules: {lora.target_modules!r} does not fit {type(model).__name__}: {error} "
                 f"Expected 'all-linear', or some of {', '.join(sorted(names))}."
             ) from None
+    if isinstance(adapted.get_output_embeddings(), BaseTunerLayer):
+        raise InputError(
+            f"lora.target_modules: {lora.target_modules!r} has the output layer, which TRL's losses cannot train "
+            "through an adapter: leave it out"
+        )
     return arguments

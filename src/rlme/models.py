@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from safetensors import SafetensorError
+
 from rlme.errors import InputError
 from rlme.templating import nearest
 
@@ -174,7 +176,8 @@ def load_model(
         )
         from peft import PeftModel
 
-        merged = PeftModel.from_pretrained(base, parsed.location).merge_and_unload()
+        with _as_input_error(parsed):
+            merged = PeftModel.from_pretrained(base, parsed.location).merge_and_unload()
         return cast("PreTrainedModel", merged.requires_grad_(True).eval())
     if load_in_4bit:
         _check_4bit(parsed, target)
@@ -191,6 +194,7 @@ def load_model(
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise InputError(f"model {parsed.name!r}: weights are missing from the checkpoint ({missing}, ...).")
     prepare_mixture(model)
+    _make_savable(model)
     return cast("PreTrainedModel", (model if load_in_4bit else model.to(target)).eval())
 
 
@@ -219,6 +223,35 @@ def load_tokenizer(
             raise InputError(f"model {parsed.name!r}: its tokenizer has neither a pad nor an end token.")
         tokenizer.pad_token = tokenizer.eos_token
     return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+def _make_savable(model: Any) -> None:
+    """Sampling settings that contradict each other (a temperature without `do_sample`) are loaded with a warning, and
+    refused when the model is saved after a trainer has set a token: only the tokens are kept of them."""
+    from transformers import GenerationConfig
+
+    found = getattr(model, "generation_config", None)
+    if found is None:
+        return
+    try:
+        found.validate(strict=True)
+    except ValueError:
+        names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+        model.generation_config = GenerationConfig(**{name: getattr(found, name) for name in names})
+
+
+def end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    """The special token that the chat template writes behind an answer: not always the tokenizer's end of a text. None
+    where there is none."""
+    if not has_chat_template(tokenizer):
+        return None
+    turns = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}]
+    try:
+        behind = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition("Answer")[2]
+    except Exception:  # the template's own
+        return None
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return next((i for i in tokenizer(behind, add_special_tokens=False)["input_ids"] if i in special), None)
 
 
 def has_chat_template(tokenizer: "PreTrainedTokenizerBase") -> bool:
@@ -263,7 +296,8 @@ def _file_digest(path: Path) -> bytes:
 
 
 def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"))
+    known = {"tokenizer.json", "vocab.json", "vocab.txt", "tekken.json"}
+    return any(f.name in known or f.suffix in (".model", ".tiktoken") for f in folder.iterdir())
 
 
 def check_gradient_checkpointing(model: "PreTrainedModel", key: str) -> None:
@@ -287,7 +321,8 @@ def check_model(
 
 
 def _adapter_base(source: ModelSource) -> str:
-    config = json.loads((Path(source.location) / "adapter_config.json").read_text(encoding="utf-8"))
+    with _as_input_error(source):
+        config = json.loads((Path(source.location) / "adapter_config.json").read_text(encoding="utf-8"))
     base = config.get("base_model_name_or_path")
     if not base:
         raise InputError(f"model {source.name!r}: adapter_config.json names no base model.")
@@ -333,8 +368,10 @@ def _as_input_error(source: ModelSource, part: str = "model") -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
+        if isinstance(error, ImportError):  # of quantised weights, or of the model's own code
+            raise InputError(f"{part} {source.name!r} needs a package that is not here ({reason[:300]}).") from None
         if "trust_remote_code" in reason:
             raise InputError(
                 f"{part} {source.name!r} comes with its own Python code, which is not run unless you set "

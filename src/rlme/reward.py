@@ -13,7 +13,7 @@ from typing import Any, Literal
 from rlme.errors import InputError, RunStopped
 from rlme.evaluators.base import Evaluator
 from rlme.judgement import Judgement
-from rlme.judging import Judging, Sample, begin, judge
+from rlme.judging import Judging, Sample, begin, judge, refuse_hidden
 from rlme.processes import everywhere, stopping_together
 from rlme.questions import Question
 from rlme.reward_functions import RewardFunction, add_functions, call_functions, weighted_functions
@@ -220,6 +220,8 @@ class MetaReward:
         """Rewards of a batch; what was judged stays in `rows`."""
         columns = columns or {}
         samples, golds = self._samples(prompts, completions, completion_ids, trainer, columns)
+        if samples:
+            refuse_hidden(self.questions, self.judging, samples[0].columns)
         evaluators = self.evaluators(trainer) if self.questions else []
         accelerator = getattr(trainer, "accelerator", None)
         values: list[dict[str, float | None]] = []

@@ -58,7 +58,7 @@ def load_rows(source: str | Path, *, split: str = "train", name: str | None = No
     elif path.is_file():
         raise InputError(f"data file {source!r} is none of {', '.join(SUFFIXES)}.")
     else:
-        numbered = _read_dataset(source, split, name, limit)
+        numbered = _read_dataset(str(path) if path.is_dir() else source, split, name, limit)
     if not numbered:
         raise InputError(f"data {source!r} has no rows.")
     columns = list(dict.fromkeys(column for _, record in numbered for column in record))
@@ -106,7 +106,13 @@ def _read_json(path: Path, limit: int | None) -> list[tuple[int, Any]]:
         raise InputError(f"{path}: it cannot be read ({error}).") from None
     if not isinstance(records, list):
         raise InputError(f"{path}: expected a list of objects, found {type(records).__name__}.")
-    return [(n, _object(record, f"{path}, row {n}")) for n, record in enumerate(records[:limit], start=1)]
+    rows = [(n, _object(record, f"{path}, row {n}")) for n, record in enumerate(records[:limit], start=1)]
+    for n, record in rows:
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{path}, row {n}: it holds half of a surrogate pair, which is no text.") from None
+    return rows
 
 
 def _bad_json(error: json.JSONDecodeError) -> str:
@@ -121,7 +127,7 @@ def _object(record: Any, where: str) -> dict[str, Any]:
 
 def _read_csv(path: Path, limit: int | None) -> list[tuple[int, Any]]:
     """Every cell stays text: a template shall see 3.50 and 007 as the file has them."""
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a C long, which has 32 bits on Windows
     reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), strict=True)
     rows: list[tuple[int, Any]] = []
     try:

@@ -147,8 +147,13 @@ def _by_group(values: Sequence[float | None], groups: Sequence[Sequence[Candidat
 
 
 def _probability(row: Sequence[Judgement], questions: Sequence[Question]) -> float | None:
-    """Mean p(target), weighted as the questions are; None when a question that counts has no answer."""
-    counted = [(abs(q.weight), j.probability) for q, j in zip(questions, row, strict=True) if q.weight]
+    """Mean p(target), or 1 - p under a negative weight, weighted as the questions are; None when a question that counts
+    has no answer."""
+    counted = [
+        (abs(q.weight), j.probability if q.weight > 0 or j.probability is None else 1 - j.probability)
+        for q, j in zip(questions, row, strict=True)
+        if q.weight
+    ]
     known = [(w, p) for w, p in counted if p is not None]
     if not known or len(known) < len(counted):
         return None

@@ -72,18 +72,20 @@ def extract_answer(text: str, method: str) -> str | None:
     return (found or "").strip() or None
 
 
+_BOX = re.compile(r"\\boxed\s*\{")
+
+
 def _boxed(text: str) -> str | None:
     """The content of the last `\\boxed{...}` that is closed."""
-    start = text.rfind("\\boxed")
-    while start >= 0:
-        opening = re.compile(r"\\boxed\s*\{").match(text, start)
-        depth, begin = 1, opening.end() if opening else len(text)
-        for position in range(begin, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[position], 0)
-            if depth == 0:
-                return text[begin:position].strip() or None
-        start = text.rfind("\\boxed", 0, start)
-    return None
+    begins = {match.end() for match in _BOX.finditer(text)}
+    opened: list[int] = []  # where the contents of the braces that are still open begin
+    last: tuple[int, int] | None = None
+    for brace in re.finditer(r"[{}]", text) if begins else ():
+        if brace[0] == "{":
+            opened.append(brace.end())
+        elif opened and (begin := opened.pop()) in begins and (last is None or begin > last[0]):
+            last = begin, brace.start()
+    return text[last[0] : last[1]].strip() or None if last else None
 
 
 def _after_hashes(text: str) -> str | None:

@@ -76,6 +76,15 @@ class OptimConfig(Section):
     trl: dict[str, Any] = Field(default_factory=dict)
     """Any other argument of TRL's SFTConfig or DPOConfig: optim, report_to, ..."""
 
+    @model_validator(mode="after")
+    def _whole_batches(self) -> Self:
+        if self.batch_size > self.device_batch_size and self.batch_size % self.device_batch_size:
+            raise ValueError(
+                f"device_batch_size is {self.device_batch_size}, expected a divisor of batch_size, which is "
+                f"{self.batch_size}"
+            )
+        return self
+
 
 class SFTStage(OptimConfig):
     """Fine-tuning on the references; the loss is on the answer only."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,9 @@ def load_prompts(config: AlignConfig, tokenizer: Any) -> AlignPrompts:
     held_out: list[AlignPrompt] = []
     if data.eval is not None:
         held_out = _read(data, data.eval, data.eval_split, data.eval_limit, tokenizer, notes, required=False)
+        learned = {json.dumps(prompt.prompt) for prompt in train}
+        if again := sum(json.dumps(prompt.prompt) in learned for prompt in held_out):
+            notes.append(f"{data.eval}: {again} of {len(held_out)} prompts are also trained on, so not held out")
     elif data.hold_out:
         if data.hold_out >= len(train):
             raise InputError(f"data.hold_out is {data.hold_out}, but there are only {len(train)} prompts.")
@@ -98,7 +102,8 @@ def _read(
 def reference_texts(value: Any) -> tuple[str, ...]:
     """The references in a cell: one text or a list of them; empty ones do not count."""
     values: Sequence[Any] = value if isinstance(value, list) else [value]
-    return tuple(v for v in values if isinstance(v, str) and v.strip())
+    numbers = (str(v) if isinstance(v, int | float) and not isinstance(v, bool) and v == v else v for v in values)
+    return tuple(v for v in numbers if isinstance(v, str) and v.strip())
 
 
 def encode_prompt(tokenizer: Any, prompt: str | list[Message]) -> list[int]:

@@ -17,7 +17,14 @@ from rlme.evaluators.base import Evaluator
 from rlme.evaluators.build import STYLES, build_evaluators
 from rlme.evaluators.local import LocalEvaluator
 from rlme.lora import lora_arguments
-from rlme.models import check_gradient_checkpointing, check_model, fast_bfloat16, load_model, load_tokenizer
+from rlme.models import (
+    check_gradient_checkpointing,
+    check_model,
+    end_of_turn,
+    fast_bfloat16,
+    load_model,
+    load_tokenizer,
+)
 from rlme.sampling import sample
 
 
@@ -115,6 +122,12 @@ class RunModels:
         loaded = load_model(source, dtype=model.dtype, revision=revision, trust_remote_code=model.trust_remote_code)
         if source == model.path:
             self._check_trainable(loaded)
+        end = end_of_turn(self.tokenizer)
+        if end is not None and loaded.generation_config is not None:  # a base model's own end is that of a text
+            found = loaded.generation_config.eos_token_id
+            ends = [found] if isinstance(found, int) else list(found or [])
+            if end not in ends:
+                loaded.generation_config.eos_token_id = [*ends, end]
         return loaded
 
     def _check_trainable(self, model: Any) -> None:

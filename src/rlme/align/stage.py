@@ -24,7 +24,7 @@ def fingerprint(*inputs: Any) -> str:
 
 def source_fingerprint(source: str, revision: str | None) -> str:
     """Of a model: its name on the hub, or names, sizes and times of the local files."""
-    path = Path(source)
+    path = Path(source).expanduser()
     files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else []
     return fingerprint(source, revision, [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files])
 

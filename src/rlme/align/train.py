@@ -116,7 +116,7 @@ def _settings(config: AlignConfig, stage: SFTStage | DPOStage, folder: Path, exa
         "output_dir": str(folder / "checkpoints"),
         "num_train_epochs": stage.epochs,
         "per_device_train_batch_size": device_batch,
-        "gradient_accumulation_steps": max(1, batch // device_batch),
+        "gradient_accumulation_steps": math.ceil(batch / device_batch),
         "max_length": stage.max_tokens,
         "learning_rate": stage.learning_rate,
         # Rounded down: given as a share, it is rounded up, and the only update of a small run would have rate 0.
@@ -142,6 +142,7 @@ def _arguments(kind: type[Any], settings: dict[str, Any], extra: dict[str, Any],
     check_arguments(kind, extra, where, ours=ours, untyped=["loss_type"])  # of a list of losses TRL also takes one name
     try:
         arguments = kind(**(settings | extra))
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one GPU: TRL refuses several in one
         for callback in get_reporting_integration_callbacks(arguments.report_to):
             callback()  # raises where its package is missing
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
@@ -161,7 +162,7 @@ def _train(trainer: Any, tokenizer: Any, folder: Path, title: str) -> dict[str, 
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     checkpoints = sorted((folder / "checkpoints").glob("checkpoint-*/trainer_state.json"), key=_step)
-    with Progress(transient=True) as progress:
+    with Progress(transient=True, speed_estimate_period=math.inf) as progress:
         trainer.add_callback(_Bar(progress, title))
         trainer.train(resume_from_checkpoint=str(checkpoints[-1].parent) if checkpoints else None)
     model = trainer.accelerator.unwrap_model(trainer.model)

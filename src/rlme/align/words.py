@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from rich.console import Console
@@ -60,7 +61,10 @@ class _Bar:
 
     def __init__(self, console: Console, title: str, total: int, start: int) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        self.progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True)
+        times = (TimeElapsedColumn(), TimeRemainingColumn())
+        self.progress = Progress(
+            *columns, *times, console=console, transient=True, speed_estimate_period=math.inf
+        )  # by default, what takes longer than half a minute has no time left
         self.task = self.progress.add_task(title, total=total, completed=start)
 
     def __enter__(self) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -264,7 +265,7 @@ def _judge(settings: Any, sets: list[BenchSet], folder: Path | None, console: Co
     masses = _LabelMasses(settings.judging.mass_warning, console)
     for job in jobs:
         masses.add(job, made[job.inputs].records if job.inputs in made else ())
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, speed_estimate_period=math.inf) as progress:
         whole = progress.add_task("all items", total=sum(job.items for job in left))
         for job in left:
             progress.update(whole, description=escape(job.title))

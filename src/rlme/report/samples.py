@@ -78,11 +78,11 @@ def choose(run: Run, *, budget: int = BUDGET, steps: int = STEPS) -> Samples:
     missing: list[str] = []
     total = 0
     page = _Page()
-    rest: list[tuple[int, bool, list[Row]]] = []
+    rest: list[_Place] = []
     for held_out, share in ((False, 0.7), (True, 0.15)):
         files = run.rollout_files(held_out=held_out)
         wanted = _spread(list(files), steps if not held_out else steps // 3) | (_special(run) & files.keys())
-        groups: list[tuple[int, bool, list[Row]]] = []
+        groups: list[tuple[_Place, list[Row]]] = []
         for step, path in _with_bar(files, "held-out answers" if held_out else "rollouts"):
             try:
                 read = _groups(path)
@@ -90,21 +90,27 @@ def choose(run: Run, *, budget: int = BUDGET, steps: int = STEPS) -> Samples:
                 missing.append(f"{path.parent.name}/{path.name} cannot be read ({type(error).__name__}).")
                 continue
             total += sum(len(group) for group in read)
-            for group in read:
-                (groups if step in wanted else rest).append((step, held_out, group))
+            for number, group in enumerate(read):
+                place = _Place(step, held_out, path, number, frozenset(mark for row in group for mark in row["marks"]))
+                if step in wanted:
+                    groups.append((place, group))
+                else:  # a whole run's judgements would not fit into memory
+                    rest.append(place)
         # Where not all groups of those steps fit, each step gives the same number, first ones first.
         per_step: dict[int, int] = defaultdict(int)
         order = []
-        for item in groups:
-            order.append((per_step[item[0]], item[0], item))
-            per_step[item[0]] += 1
+        for place, group in groups:
+            order.append((per_step[place.step], place.step, place, group))
+            per_step[place.step] += 1
         limit = page.spent + int(budget * share)
-        rest += [item for _, _, item in sorted(order, key=lambda o: o[:2]) if not page.add(*item, limit)]
+        rest += [
+            place for _, _, place, group in sorted(order, key=lambda o: o[:2]) if not page.add(place, group, limit)
+        ]
     random.Random(0).shuffle(rest)  # seeded: the same run gives the same page
     notable: set[int] = set()
     for mark in ("failed", "wrong", "disagree", "addresses"):
-        with_mark = [i for i, (_, _, group) in enumerate(rest) if i not in notable and _has(group, mark)]
-        notable |= {i for i in with_mark[:NOTABLE] if page.add(*rest[i], budget)}
+        with_mark = [i for i, place in enumerate(rest) if i not in notable and mark in place.marks]
+        notable |= {i for i in with_mark[:NOTABLE] if page.add(rest[i], _groups(rest[i].path)[rest[i].number], budget)}
     page.groups.sort(key=lambda g: (g["heldout"], g["step"], g["index"]))
     shown = sum(len(group["rows"]) for group in page.groups)
     if shown == total:
@@ -119,6 +125,17 @@ def choose(run: Run, *, budget: int = BUDGET, steps: int = STEPS) -> Samples:
     return Samples(page.groups, rule, missing)
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a group stands in the run's files, and what there is to see in it."""
+
+    step: int
+    held_out: bool
+    path: Path
+    number: int
+    marks: frozenset[str]
+
+
 class _Page:
     """Groups as they stand in the page, as long as there is room."""
 
@@ -126,11 +143,11 @@ class _Page:
         self.spent = 0
         self.groups: list[dict[str, Any]] = []
 
-    def add(self, step: int, held_out: bool, group: list[Row], limit: int) -> bool:
+    def add(self, place: _Place, group: list[Row], limit: int) -> bool:
         """Take the group in if it fits below `limit`."""
         if self.spent >= limit:
             return False
-        packed = _pack(step, held_out, group)
+        packed = _pack(place.step, place.held_out, group)
         size = len(embed(packed).encode())
         if self.spent + size > limit:
             return False
@@ -174,10 +191,6 @@ def _groups(path: Path) -> list[list[Row]]:
             row["marks"] = marks(row, highest)
         group.sort(key=lambda r: (r["reward"] is None, -(r["reward"] or 0.0)))
     return list(groups.values())
-
-
-def _has(group: Iterable[Row], mark: str) -> bool:
-    return any(mark in row["marks"] for row in group)
 
 
 def _cut(text: str | None) -> str:

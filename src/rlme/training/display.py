@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -42,6 +43,7 @@ class Display:
             TimeRemainingColumn(),
             TextColumn("{task.fields[stage]}"),
             console=console,
+            speed_estimate_period=math.inf,  # by default, what takes longer than half a minute has no time left
             disable=not console.is_terminal,
         )
         self.task = self.progress.add_task("train", total=steps, completed=done, stage="")

@@ -72,7 +72,8 @@ def batch_monitors(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def heldout_values(rows: Sequence[Row]) -> dict[str, float]:
-    """What `Alarm` and `best_step` look at: gold accuracy, and the mean p(target) of each weight-0 judgement.
+    """What `Alarm` and `best_step` look at: gold accuracy, and the mean p(target) of each weight-0 judgement (but of
+    questions with a negative weight, whose fall is no bad sign: 0 times it is -0.0).
 
     Keys as in `batch_monitors`: `gold/accuracy`, `judge/<evaluator>/<question>/probability`; values in [0,
     1].
@@ -81,7 +82,7 @@ def heldout_values(rows: Sequence[Row]) -> dict[str, float]:
     weights: dict[str, float] = defaultdict(float)
     for judgement in _all_judgements(rows):
         key = f"judge/{judgement['evaluator']}/{judgement['question']}/probability"
-        weights[key] = max(weights[key], abs(judgement["weight"]))
+        weights[key] = max(weights[key], abs(judgement["weight"]), math.copysign(1.0, judgement["weight"]) < 0)
     held_out = [key for key, weight in weights.items() if weight == 0]
     return {key: metrics[key] for key in [GOLD, *held_out] if key in metrics}
 

@@ -148,10 +148,15 @@ class Recorder(TrainerCallback):
         return self.alarm.candidates | ({best} if best is not None else set())
 
     def _held_out_names(self) -> list[str]:
-        """Numbers the policy is not trained on: gold, and judgements of weight 0."""
+        """Numbers the policy is not trained on, of which more is better: gold, and judgements of weight 0 (but of a
+        question with a negative weight, whose fall is no bad sign)."""
         reward = self.trainer.reward
-        names = [f"{e.name}/{q.name}" for e in reward.evaluators(self.trainer) for q in reward.questions]
-        free = [f"judge/{name}/probability" for name, w in zip(names, reward.weights, strict=True) if w == 0]
+        names = [(f"{e.name}/{q.name}", q) for e in reward.evaluators(self.trainer) for q in reward.questions]
+        free = [
+            f"judge/{name}/probability"
+            for (name, question), weight in zip(names, reward.weights, strict=True)
+            if weight == 0 and question.weight >= 0
+        ]
         return ["gold/accuracy", *free]
 
     def _judged_part(self, rows: list[Row]) -> Record:

@@ -122,6 +122,7 @@ def trl_arguments(config: Config, folder: RunFolder, *, processes: int = 1) -> G
         arguments = GRPOConfig(**(settings | config.trl))
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(f"TRL does not accept these settings: {error}") from None
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # a process has one GPU; TRL refuses several without a launcher
     made = arguments.per_device_train_batch_size * arguments.steps_per_generation * processes
     if made != batch:
         raise InputError(

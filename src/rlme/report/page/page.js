@@ -32,7 +32,7 @@ function num(value) {
 }
 // Characters that would hide or turn text around are shown by name.
 const show = text => text.replace(/[\u0000-\u0008\u000b\u000c\u000e-\u001f]/g, c => String.fromCodePoint(0x2400 + c.charCodeAt(0)))
-  .replace(/[\u007f-\u009f\u200e\u200f\u202a-\u202e\u2066-\u2069\u2028\u2029]/g, c => `[U+${c.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}]`);
+  .replace(/[\u007f-\u009f\u00ad\u061c\u115f\u1160\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\ufff9-\ufffb\u{e0000}-\u{e0fff}]/gu, c => `[U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}]`);
 const probability = p => p > 0.995 && p < 1 ? p.toFixed(4) : num(p);
 const colour = index => `var(--c${((index % 8) + 8) % 8})`;
 
@@ -119,7 +119,8 @@ function makeChart(spec) {
     svg.replaceChildren();
     const lines = visible();
     const values = lines.flatMap(s => s.band ? [...s.band[0], ...s.band[1]] : s.values);
-    let low = Math.min(...values), high = Math.max(...values);
+    let low = Infinity, high = -Infinity;
+    for (const value of values) { if (value < low) low = value; if (value > high) high = value; }
     if (!values.length) { low = 0; high = 1; }
     if (spec.share) { low = Math.min(0, low); high = high > 0.62 ? Math.max(1, high) : Math.max(0.1, high * 1.15); }
     else { const pad = (high - low) * 0.07 || Math.abs(high) * 0.1 || 1; low -= pad; high += pad; }
@@ -180,7 +181,11 @@ function makeChart(spec) {
   svg.addEventListener("pointermove", event => point(chart.stepAt(event.clientX - svg.getBoundingClientRect().left)));
   svg.addEventListener("pointerleave", leave);
   svg.addEventListener("blur", leave);
-  svg.addEventListener("click", () => { if (chart.at !== null) openStep(chart.at); });
+  svg.addEventListener("click", event => {  // a tap comes without a move before it
+    const step = chart.stepAt(event.clientX - svg.getBoundingClientRect().left);
+    point(step);
+    openStep(step);
+  });
   svg.addEventListener("keydown", event => {
     const k = allSteps.indexOf(chart.at ?? allSteps.at(-1));
     const to = { ArrowLeft: k - 1, ArrowRight: k + 1, Home: 0, End: allSteps.length - 1 }[event.key];
