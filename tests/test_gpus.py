@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,79 +30,27 @@ RUNS: dict[str, dict[str, Any]] = {
     "full": {"evaluators": SELVES},
     "what sampling read is not read again": {"judging": {"template": "paper", "readout": "marker"}},
     "lora": {"evaluators": ["live", "frozen"], "lora": {"r": 2}},
+    "by default": {"evaluators": ["live", "frozen"], "train": {"precision": "auto", "top_p": 0.9, "steps": 1}},
 }
+BY_DEFAULT = "by default"
 
 
-@pytest.fixture(scope="module", params=["cuda", "mps"])
-def gpu(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """Kind and library."""
-    return request.param, build(request.param, tmp_path_factory.mktemp(request.param))
-
-
-def on_gpu(gpu: tuple[str, Path], code: str, *arguments: str) -> str:
-    """The output of a program for which there is a GPU. It has `kind`, `waits` and `arguments`."""
-    kind, library = gpu
-    begin = "import sys; from tests.pretend_gpu import pretend; kind, library, *arguments = sys.argv[1:]\n"
-    program = begin + "waits = pretend(kind, library)\n" + code
-    done = subprocess.run(
-        [sys.executable, "-c", program, kind, str(library), *arguments],
-        cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
-
-
-TRAINING = """
+# Trains by every configuration but the first argument's, which is a model, and says how often sampling from it waits.
+PROGRAM = """
+import json, sys
+from tests.pretend_gpu import pretend
+kind, library, policy, *configs = sys.argv[1:]
+waits = pretend(kind, library)
 import torch
+from transformers import AutoModelForCausalLM
 from rlme.cli import app
 from rlme.models import default_device
+from rlme.sampling import sample
 torch.set_num_threads(1)
 assert default_device().type == kind
-for config in arguments:
+for config in configs:
     app(["train", config], standalone_mode=False)
-"""
-
-
-def test_runs_equal_the_cpus(gpu: tuple[str, Path], tiny_policy_dir: Path, tmp_path: Path) -> None:
-    from rlme.cli import app
-
-    configs = {}
-    for name, changes in RUNS.items():
-        for place in ("gpu", "cpu"):
-            folder = tmp_path / name / place
-            folder.mkdir(parents=True)
-            train = {**TRAIN, "kl": 0.0} if "lora" in changes else TRAIN
-            configs[name, place] = write_config(folder, tiny_policy_dir, train=train, **changes)
-    on_gpu(gpu, TRAINING, *(str(configs[name, "gpu"]) for name in RUNS))
-    for name in RUNS:
-        app(["train", str(configs[name, "cpu"])], standalone_mode=False)
-        (there, texts), (here, expected) = (
-            (read_metrics(run), [row["completion"] for row in read_rollouts(run)])
-            for run in (configs[name, place].parent / "run" for place in ("gpu", "cpu"))
-        )
-        assert texts == expected, name
-        for found, wanted in zip(there, here, strict=True):
-            for key, value in wanted.items():
-                if not is_timing(key):
-                    assert found[key] == pytest.approx(value, abs=2e-4), (name, key)
-
-
-def test_a_run_as_a_gpu_has_it_by_default(gpu: tuple[str, Path], tiny_policy_dir: Path, tmp_path: Path) -> None:
-    """In bfloat16 where the GPU has it."""
-    config = write_config(
-        tmp_path, tiny_policy_dir, evaluators=["live", "frozen"], train={"precision": "auto", "top_p": 0.9, "steps": 1}
-    )
-    on_gpu(gpu, TRAINING, str(config))
-    (metrics,) = read_metrics(tmp_path / "run")
-    assert metrics["judge/live/correct/score"] == pytest.approx(metrics["judge/frozen/correct/score"], abs=0.05)
-    assert metrics["grad_norm"] > 0
-
-
-WAITING = """
-import json, torch
-from transformers import AutoModelForCausalLM
-from rlme.sampling import sample
-model = AutoModelForCausalLM.from_pretrained(arguments[0]).to(kind)
+model = AutoModelForCausalLM.from_pretrained(policy).to(kind)
 told = []
 for tokens in (2, 10, 30):  # the first time, ways of sampling are compared
     before = waits()
@@ -112,7 +61,60 @@ print(json.dumps(told))
 """
 
 
-def test_sampling_waits_once_for_each_token(gpu: tuple[str, Path], tiny_policy_dir: Path) -> None:
-    _, few, many = json.loads(on_gpu(gpu, WAITING, str(tiny_policy_dir)).splitlines()[-1])
+@dataclass
+class Ran:
+    """What a process did for which there is a GPU of a `kind`: runs in `folder`/NAME, and waits while sampling."""
+
+    kind: str
+    folder: Path
+    waits: list[int]
+
+
+def configure(folder: Path, policy: Path, name: str) -> str:
+    changes = RUNS[name]
+    train = changes.get("train") or ({**TRAIN, "kl": 0.0} if "lora" in changes else TRAIN)
+    (folder / name).mkdir(parents=True)
+    return str(write_config(folder / name, policy, **{**changes, "train": train}))
+
+
+@pytest.fixture(scope="module", params=["cuda", "mps"])
+def gpu(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_policy_dir: Path) -> Ran:
+    """All in one process: importing takes longer than the rest."""
+    kind, folder = request.param, tmp_path_factory.mktemp(request.param)
+    library = build(kind, folder)
+    configs = [configure(folder, tiny_policy_dir, name) for name in RUNS]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, kind, str(library), str(tiny_policy_dir), *configs],
+        cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return Ran(kind, folder, json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name != BY_DEFAULT])
+def test_runs_equal_the_cpus(gpu: Ran, name: str, tiny_policy_dir: Path, tmp_path: Path) -> None:
+    from rlme.cli import app
+
+    app(["train", configure(tmp_path, tiny_policy_dir, name)], standalone_mode=False)
+    (there, texts), (here, expected) = (
+        (read_metrics(run), [row["completion"] for row in read_rollouts(run)])
+        for run in (folder / name / "run" for folder in (gpu.folder, tmp_path))
+    )
+    assert texts == expected
+    for found, wanted in zip(there, here, strict=True):
+        for key, value in wanted.items():
+            if not is_timing(key):
+                assert found[key] == pytest.approx(value, abs=2e-4), key
+
+
+def test_a_run_as_a_gpu_has_it_by_default(gpu: Ran) -> None:
+    """In bfloat16 where the GPU has it."""
+    (metrics,) = read_metrics(gpu.folder / BY_DEFAULT / "run")
+    assert metrics["judge/live/correct/score"] == pytest.approx(metrics["judge/frozen/correct/score"], abs=0.05)
+    assert metrics["grad_norm"] > 0
+
+
+def test_sampling_waits_once_for_each_token(gpu: Ran) -> None:
+    _, few, many = gpu.waits
     # Apple's draws on the CPU: it waits for the sums of the blocks, and for the block, too.
-    assert many - few == 20 * (1 if gpu[0] == "cuda" else 3)
+    assert many - few == 20 * (1 if gpu.kind == "cuda" else 3)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.born import Rlme
 from tests.tiny_runs import PROMPTS, is_timing, read_metrics, read_rollouts, write_config, write_jsonl
 
 STOPS = """
@@ -30,8 +32,18 @@ main(sys.argv[1:])
 """
 
 
+def both(*arguments: str) -> None:
+    """`rlme ARGUMENTS` in two processes, as a launcher starts them; a long wait of one for the other is cut off."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    two = [Rlme(*arguments, environment={**shared, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+    for one in two:
+        assert one.wait(120) == 0, one.errors.read_text()[-3000:]
+
+
 def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Two processes; a long wait of one for the other is cut off."""
+    """The same by PyTorch's launcher, with what it says of how they ended."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     return subprocess.run(
         [sys.executable, *torchrun, *arguments],
@@ -50,8 +62,7 @@ def test_processes_whose_batches_split_differently(tiny_policy_dir: Path, tmp_pa
         data = {"train": str(write_jsonl(folder / "rows.jsonl", rows))}
         changes = {"token_budget": budget, "learning_rate": 1e-5, "group_size": 4, "max_completion_tokens": 12}
         config = write_config(folder, tiny_policy_dir, data=data, train={**changes, "stop": ["e"]})
-        done = launch("-m", "rlme", "train", str(config))
-        assert done.returncode == 0, done.stderr[-3000:]
+        both("train", str(config))
         runs.append(read_metrics(folder / "run"))
     assert len(runs[0]) == len(runs[1]) == 2
     for split, whole in zip(*runs, strict=True):
@@ -75,15 +86,14 @@ def test_what_stops_one_process_stops_all_and_the_run_goes_on_exactly(tiny_polic
         config = str(write_config(folder, tiny_policy_dir, data=data, **changes))
         runs.append(folder / "run")
         if name == "plain":
-            done = launch("-m", "rlme", "train", config)
+            both("train", config)
         else:
             (folder / "stops.py").write_text(STOPS)
             stopped = launch(str(folder / "stops.py"), "train", config)
             assert "stopped: the evaluator is gone. The state is saved: rlme train --resume" in stopped.stderr
             assert "exitcode  : 3" in stopped.stderr
             assert 0 < len(read_metrics(folder / "run")) < 5
-            done = launch("-m", "rlme", "train", "--resume", str(folder / "run"))
-        assert done.returncode == 0, done.stderr[-3000:]
+            both("train", "--resume", str(folder / "run"))
     plain, resumed = ([{k: v for k, v in m.items() if not is_timing(k)} for m in read_metrics(run)] for run in runs)
     assert [line["step"] for line in plain] == [0, 1, 2, 3, 4]
     assert resumed == plain

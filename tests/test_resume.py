@@ -4,60 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import os
 import random
 import signal
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from tests.born import Rlme
 from tests.tiny_runs import is_timing, read_metrics, read_rollouts, write_config
 
 STEPS = 7
-# Every run is a process of its own, born of one that has imported what they all need, which takes longer than a run.
-BORN = multiprocessing.get_context("forkserver")
-BORN.set_forkserver_preload(["rlme.training.run", "rlme.training.trainer", "tests.test_resume"])
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-
-
-def run_rlme(arguments: tuple[str, ...], errors: str) -> None:
-    from rlme.cli import main
-
-    os.environ.update(ENVIRONMENT)
-    torch.set_num_threads(1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
-    main(list(arguments))
-
-
-class Rlme:
-    """`rlme ARGUMENTS` at work."""
-
-    def __init__(self, *arguments: str) -> None:
-        self._stderr = tempfile.NamedTemporaryFile()  # noqa: SIM115  # gone with this object
-        self.errors = Path(self._stderr.name)
-        self.process = BORN.Process(target=run_rlme, args=(arguments, str(self.errors)), daemon=True)
-        self.process.start()
-
-    def send(self, number: int) -> None:
-        assert self.process.pid is not None
-        os.kill(self.process.pid, number)
-
-    def running(self) -> bool:
-        return self.process.is_alive()
-
-    def wait(self) -> int:
-        self.process.join(timeout=300)
-        assert self.process.exitcode is not None, "it does not end"
-        return self.process.exitcode
-
-    def finish(self) -> None:
-        assert self.wait() == 0, self.errors.read_text()[-3000:]
 
 
 def record(run: Path) -> dict[str, Any]:
