@@ -116,7 +116,7 @@ CASES: dict[str, tuple[Change, list[str]]] = {
         put("trl", {"gradient_accumulation_steps": 4}),
         ["trl.gradient_accumulation_steps", "4", "6"],
     ),
-    "prompts in another order": (put("trl", {"shuffle_dataset": False}), ["trl.shuffle_dataset", "train.seed"]),
+    "no line for a step": (put("trl", {"logging_strategy": "no"}), ["trl.logging_strategy", "metrics.jsonl"]),
     "several batches for one update": (
         put("trl", {"gradient_accumulation_steps": 2, "steps_per_generation": 1, "per_device_train_batch_size": 6}),
         ["trl.steps_per_generation", "1", "trl.gradient_accumulation_steps", "2"],

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from rlme.errors import InputError
 
+REFERENCE = "reference.pt"  # of the KL, where it follows the policy
+
 
 class ReadsCheckpoints:
     """Mixed into a trainer: weights that are saved under other names than the model's are read as well.
@@ -59,6 +61,10 @@ class KeepsRollouts(ReadsCheckpoints):
         served = trainer._step % (trainer.args.steps_per_generation * trainer.num_iterations)
         if trainer._buffered_inputs is not None and served:
             torch.save(trainer._buffered_inputs, folder / f"rollout_buffer_{trainer.accelerator.process_index}.pt")
+        moves = trainer.args.sync_ref_model and trainer.ref_model is not None and not trainer._sharded
+        if moves and trainer.accelerator.is_main_process:
+            reference = trainer.accelerator.unwrap_model(trainer.ref_model)  # it moves, and nobody else saves it
+            torch.save(reference.state_dict(), folder / REFERENCE)
         trainer.accelerator.wait_for_everyone()
         if trainer.checkpoint_done is not None and trainer.accelerator.is_main_process:
             trainer.checkpoint_done(folder)
@@ -78,3 +84,7 @@ class KeepsRollouts(ReadsCheckpoints):
         if buffer.is_file():
             device = trainer.accelerator.device
             trainer._buffered_inputs = torch.load(buffer, map_location=device, weights_only=True)
+        reference = Path(checkpoint) / REFERENCE
+        if trainer.args.sync_ref_model and reference.is_file():
+            weights = torch.load(reference, map_location="cpu", weights_only=True)
+            trainer.accelerator.unwrap_model(trainer.ref_model).load_state_dict(weights)

@@ -110,10 +110,13 @@ def default_device() -> "torch.device":
 
 
 def fast_bfloat16() -> bool:
-    """Whether this machine multiplies bfloat16 matrices in hardware: a GPU, or a CPU with AVX512-BF16."""
+    """Whether this machine multiplies bfloat16 matrices in hardware: a GPU (NVIDIA's since Ampere), or a CPU with
+    AVX512-BF16."""
     import torch
 
-    return torch.cuda.is_available() or bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+    if torch.cuda.is_available():
+        return torch.version.hip is not None or torch.cuda.get_device_capability()[0] >= 8
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
 
 
 def slow_bfloat16(device: "torch.device") -> bool:
@@ -178,7 +181,7 @@ def load_model(
 
         with _as_input_error(parsed):
             merged = PeftModel.from_pretrained(base, parsed.location).merge_and_unload()
-        return cast("PreTrainedModel", merged.requires_grad_(True).eval())
+        return cast("PreTrainedModel", (merged if load_in_4bit else merged.requires_grad_(True)).eval())
     if load_in_4bit:
         _check_4bit(parsed, target)
         options["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]

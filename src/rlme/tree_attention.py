@@ -344,4 +344,6 @@ def tree_unsupported_reason(model: nn.Module) -> str | None:
     if attention not in ALL_ATTENTION_FUNCTIONS:
         other = " (load it with attn_implementation='sdpa')" if inner._supports_sdpa else ", and it has no other"
         return f"its attention implementation is {attention!r}{other}"
+    if "flash" in attention or "/" in attention:  # transformers takes every such name for one of its kernels'
+        return f"its attention implementation is {attention!r} (load it with attn_implementation='sdpa')"
     return None

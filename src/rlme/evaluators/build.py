@@ -134,6 +134,12 @@ def named_evaluator(source: str, trainer: Any = None, *, name: str | None = None
         return live_evaluator(trainer, name=name or "live", **options)
     if source == "frozen":
         if hasattr(trainer.model, "disable_adapter"):
+            second = (p for n, p in trainer.model.named_parameters() if ".lora_B." in n or ".lora_embedding_B." in n)
+            if trainer.state.global_step == 0 and any(bool(p.any()) for p in second):
+                raise InputError(
+                    "evaluator 'frozen': the policy's adapter changes the model from the start, so without it this is "
+                    "another model: merge it first (merge_and_unload) and train a new one, or name a model"
+                )
             return frozen_adapter_evaluator(trainer, name=name or "frozen", **options)
         name = name or "frozen"
         if trainer.state.global_step == 0 and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
@@ -156,11 +162,11 @@ def model_evaluator(
 ) -> Evaluator:
     """Another model with its own tokenizer and chat template. dtype auto: bfloat16 on a GPU, float32 on a CPU."""
     from rlme.evaluators.local import LocalEvaluator
-    from rlme.models import default_device, load_model, load_tokenizer
+    from rlme.models import default_device, fast_bfloat16, load_model, load_tokenizer
 
     device = default_device()
     if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
+        dtype = "bfloat16" if device.type == "cuda" and fast_bfloat16() else "float32"
     loading: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     model = load_model(source, dtype=dtype, load_in_4bit=load_in_4bit, device=device, **loading)
     tokenizer = load_tokenizer(source, **loading)

@@ -46,14 +46,31 @@ def _check_whole(trainer: Any) -> None:
             "trl.fsdp: the policy cannot judge while its weights are spread over processes that judge different "
             "numbers of texts; use trl.deepspeed, or another model as the evaluator"
         )
+    if getattr(trainer, "is_deepspeed_enabled", False) and not trainer.args.ds3_gather_for_generation:
+        raise InputError("trl.ds3_gather_for_generation is false: the policy cannot judge while its weights are spread")
+
+
+@contextmanager
+def unwrapped(trainer: Any) -> Iterator[Any]:
+    """The policy without wrappers, whole under DeepSpeed, for passes in evaluation mode. Gradient checkpointing does
+    nothing there, so it stays as it is: TRL's way of switching it off and on again forgets its settings, and leaves one
+    more hook at the embeddings each time."""
+    if not getattr(trainer, "is_deepspeed_enabled", False):
+        yield trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)
+        return
+    with unwrap_model_for_generation(
+        trainer.model_wrapped,
+        trainer.accelerator,
+        gather_deepspeed3_params=trainer.args.ds3_gather_for_generation,
+        gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
+    ) as model:
+        yield model
 
 
 @contextmanager
 def _policy(trainer: Any, *, adapter: bool, as_sampled: bool = False) -> Iterator[Any]:
     """`as_sampled`: in bfloat16 as the sampler computes it (cast weights); else as the loss does (autocast)."""
-    with unwrap_model_for_generation(
-        trainer.model_wrapped, trainer.accelerator, gather_deepspeed3_params=trainer.args.ds3_gather_for_generation
-    ) as model:
+    with unwrapped(trainer) as model:
         training = model.training
         model.eval()
         off = nullcontext() if adapter else model.disable_adapter()

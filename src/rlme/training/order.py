@@ -18,17 +18,30 @@ class PromptOrder(Sampler[int]):
     """
 
     def __init__(
-        self, *, prompts: int, prompts_per_batch: int, group_size: int, repeats: int, batches: int, seed: int
+        self,
+        *,
+        prompts: int,
+        prompts_per_batch: int,
+        group_size: int,
+        repeats: int,
+        batches: int,
+        seed: int,
+        shuffle: bool = True,
     ) -> None:
         self.prompts, self.prompts_per_batch, self.group_size = prompts, prompts_per_batch, group_size
-        self.repeats, self.batches, self.seed = repeats, batches, seed
+        self.repeats, self.batches, self.seed, self.shuffle = repeats, batches, seed, shuffle
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go on where the epochs before have ended (Transformers starts the sampler anew for each)."""
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return self.batches * self.repeats * self.prompts_per_batch * self.group_size
 
     def __iter__(self) -> Iterator[int]:
         stream, waiting = self._stream(), list[int]()
-        for _ in range(self.batches):
+        for number in range((self.epoch + 1) * self.batches):
             batch: list[int] = []
             twice: list[int] = []  # where two passes meet: for the next batch
             while len(batch) < self.prompts_per_batch:
@@ -36,6 +49,8 @@ class PromptOrder(Sampler[int]):
                 again = index in batch and self.prompts >= self.prompts_per_batch
                 (twice if again else batch).append(index)
             waiting = twice + waiting
+            if number < self.epoch * self.batches:
+                continue
             for _ in range(self.repeats):
                 for index in batch:
                     yield from [index] * self.group_size
@@ -43,4 +58,6 @@ class PromptOrder(Sampler[int]):
     def _stream(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed)
         while True:
-            yield from torch.randperm(self.prompts, generator=generator).tolist()
+            yield from (
+                torch.randperm(self.prompts, generator=generator).tolist() if self.shuffle else range(self.prompts)
+            )

@@ -46,6 +46,12 @@ _OURS = {
     "save_strategy": "train.checkpoint_every",
     "eval_strategy": "train.eval_every",
     "logging_steps": "metrics.jsonl, which has a line for every step",
+    "logging_strategy": "metrics.jsonl, which has a line for every step",
+    "remove_unused_columns": "the data as they are: all columns are kept",
+    "save_only_model": "train.checkpoint_every: a checkpoint holds all that resume needs",
+    "ignore_data_skip": "rlme train --resume",
+    "eval_on_start": "data.eval, which is measured before the first step",
+    "trust_remote_code": "model.trust_remote_code",
     "resume_from_checkpoint": "rlme train --resume",
     "reward_weights": "questions and evaluators (their weights)",
 }
@@ -105,9 +111,8 @@ def trl_arguments(config: Config, folder: RunFolder, *, processes: int = 1) -> G
         "report_to": "none",
         "disable_tqdm": True,
         "remove_unused_columns": False,
+        "trust_remote_code": config.model.trust_remote_code,
     }
-    if config.trl.get("shuffle_dataset") is False:
-        raise InputError("trl.shuffle_dataset is false, expected true: the prompts come in permutations of train.seed")
     accumulate = config.trl.get("gradient_accumulation_steps", 1)
     if accumulate < 1:
         raise InputError(f"trl.gradient_accumulation_steps is {accumulate}, expected at least 1")

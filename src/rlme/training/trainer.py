@@ -20,13 +20,14 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, gather_object
+from accelerate.utils.memory import clear_device_cache
 from torch.nn.functional import pad
 from trl import GRPOTrainer
-from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import split_tensor_dict
 
 from rlme.checkpoints import KeepsRollouts
 from rlme.errors import InputError
+from rlme.evaluators.self_evaluator import unwrapped
 from rlme.forward import length_kind
 from rlme.key_values import KeyValues
 from rlme.load_balance import RouterLogits, prepare_mixture
@@ -92,7 +93,10 @@ class RLMETrainer(KeepsRollouts, GRPOTrainer):
         self._buffered_inputs: Any
         self._sampled_logps: list[list[float]] | None = None
         self._routers: RouterLogits | None = None
+        self._drawn, self._draws = ("", -1), 0  # what was sampled for last, and how often before
         super().__init__(model, reward_funcs=[reward], **trl_arguments)
+        if self.args.torch_compile and share_prefixes:
+            raise InputError("torch_compile is true: compiled models cannot share prefixes (train.share_prefixes)")
         check_adapter(self.model)
         if self.ref_model is not None and not self._sharded:
             # TRL reads it again from where the policy once came from; it is the policy as it is now.
@@ -125,6 +129,7 @@ class RLMETrainer(KeepsRollouts, GRPOTrainer):
             repeats=self.num_iterations * self.args.steps_per_generation,
             batches=self._generation_batches(),
             seed=self.args.seed,
+            shuffle=bool(self.shuffle_dataset),
         )
 
     def _generation_batches(self) -> int:
@@ -142,7 +147,9 @@ class RLMETrainer(KeepsRollouts, GRPOTrainer):
         with self._timed("sample"):
             # Fully sharded weights are gathered in each forward pass, so all processes have to take as many.
             theirs = self.use_vllm or self.use_transformers_continuous_batching or self.is_fsdp_enabled
-            theirs = theirs or bool(self.args.generation_kwargs)  # which may name any of transformers' processors
+            theirs = theirs or (self._deepspeed and not self.args.ds3_gather_for_generation)
+            # Any of transformers' processors, and caches of its own.
+            theirs = theirs or bool(self.args.generation_kwargs) or self.args.cache_implementation is not None
             if not self.share_prefixes or theirs or images:
                 completion_ids, logprobs = super()._generate_single_turn(
                     prompt_ids, images, multimodal_fields, num_generations, has_tool_images
@@ -179,12 +186,7 @@ class RLMETrainer(KeepsRollouts, GRPOTrainer):
         live = any(getattr(evaluator, "known", None) is not None for evaluator in evaluators)
         self.key_values = KeyValues() if live and not self.is_fsdp_enabled else None
         with (
-            unwrap_model_for_generation(
-                self.model_wrapped,
-                self.accelerator,
-                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-            ) as model,
+            unwrapped(self) as model,
             torch.no_grad(),
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
         ):
@@ -241,8 +243,12 @@ class RLMETrainer(KeepsRollouts, GRPOTrainer):
 
     def _sampling_seed(self) -> int:
         """A function of run seed, batch and process alone, so that a resumed run draws the same completions."""
-        stage, batch = ("train", self._step) if self.model.training else ("eval", self.state.global_step)
-        return random.Random(f"{self.args.seed}-{stage}-{batch}-{self.accelerator.process_index}").getrandbits(63)
+        at = ("train", self._step) if self.model.training else ("eval", self.state.global_step)
+        self._draws = self._draws + 1 if self._drawn == at else 0  # another turn, or part of a measurement
+        self._drawn = at
+        again = f"-{self._draws}" if self._draws else ""
+        key = f"{self.args.seed}-{at[0]}-{at[1]}-{self.accelerator.process_index}{again}"
+        return random.Random(key).getrandbits(63)
 
     def _evaluators(self) -> list[Any]:
         return self.reward.evaluators(self) if self.reward.questions else []
@@ -383,10 +389,15 @@ class RLMETrainer(KeepsRollouts, GRPOTrainer):
                     with self.compute_loss_context_manager():
                         loss = self.compute_loss(model, pack) * share_of_batch(self.loss_type, **shares)
                         loss = loss + self._balance_loss() * shares["tokens"]
-                    extra = {"scale_wrt_gas": False} if self._deepspeed else {}
+                    extra: dict[str, Any] = {"scale_wrt_gas": False} if self._deepspeed else {}
+                    if self.args.optim in ("lomo", "adalomo"):  # which update in the backward pass
+                        extra["learning_rate"] = self._get_learning_rate()
                     self.accelerator.backward(loss, **extra)
                 total += loss.detach()
                 del loss  # and the weights that its graph has cast, before the next pass
+            every = self.args.torch_empty_cache_steps
+            if every is not None and self.state.global_step % every == 0:
+                clear_device_cache()
             if len(packs) > 1:
                 merge_metrics(
                     self._metrics["train"],
@@ -457,6 +468,8 @@ class RLMETrainer(KeepsRollouts, GRPOTrainer):
             self.on_stage(stage)
         started = time.perf_counter()
         yield
+        if self.accelerator.device.type == "cuda":  # whose work is only queued
+            torch.cuda.synchronize(self.accelerator.device)
         self.timings[stage] = self.timings.get(stage, 0.0) + time.perf_counter() - started
 
     def _count(self, what: str, n: int) -> None:
