@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from trl.trainer.utils import split_tensor_dict
 
 from rlme.processes import everywhere
 
@@ -24,6 +25,18 @@ def rows_of(inputs: dict[str, Any], rows: list[int]) -> dict[str, Any]:
         key: value[rows] if isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == n else value
         for key, value in inputs.items()
     }
+
+
+def dealt_in_groups(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of these micro-batches in as many of the same size, those of one prompt together."""
+    whole = {
+        key: torch.cat([part[key] for part in parts]) if isinstance(value, torch.Tensor) and value.ndim else value
+        for key, value in parts[0].items()
+    }
+    prompts = whole["prompt_ids"].tolist()
+    rows = sorted(range(len(prompts)), key=prompts.__getitem__)
+    dealt: list[dict[str, Any]] = split_tensor_dict(rows_of(whole, rows), len(parts))
+    return dealt
 
 
 def share_of_batch(loss_type: str, *, rows: float, tokens: float) -> float:

@@ -23,7 +23,6 @@ from accelerate.utils import DistributedType, gather_object
 from accelerate.utils.memory import clear_device_cache
 from torch.nn.functional import pad
 from trl import GRPOTrainer
-from trl.trainer.utils import split_tensor_dict
 
 from rlme.checkpoints import KeepsRollouts
 from rlme.errors import InputError
@@ -37,7 +36,7 @@ from rlme.reward import MetaReward, Row
 from rlme.sampling import Sampled, length_to_stop, sample
 from rlme.scoring import completion_logps, plan_rows
 from rlme.training.order import PromptOrder
-from rlme.training.packs import apart, as_many_as_others, merge_metrics, rows_of, share_of_batch
+from rlme.training.packs import apart, as_many_as_others, dealt_in_groups, merge_metrics, rows_of, share_of_batch
 from rlme.tree_attention import check_adapter
 
 
@@ -305,13 +304,7 @@ class RLMETrainer(KeepsRollouts, GRPOTrainer):
         images = any(isinstance(value, list) for value in inputs.values())
         if parts is before or images or not self.share_prefixes or not 1 < n <= self.args.gradient_accumulation_steps:
             return inputs
-        whole = {
-            key: torch.cat([part[key] for part in parts]) if isinstance(value, torch.Tensor) and value.ndim else value
-            for key, value in parts[0].items()
-        }
-        prompts = whole["prompt_ids"].tolist()
-        order = sorted(range(len(prompts)), key=prompts.__getitem__)
-        self._buffered_inputs = split_tensor_dict(rows_of(whole, order), n)
+        self._buffered_inputs = dealt_in_groups(parts)
         return self._buffered_inputs[self._step % n]
 
     # -- update -----------------------------------------------------------------------------------------------------
