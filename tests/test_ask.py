@@ -364,3 +364,14 @@ def test_a_negative_weight_wants_the_wrong_ones_high() -> None:
     (verdict,) = asked.verdicts
     assert verdict.auroc is not None and verdict.auroc.value > 0.95
     assert not any("wrong way round" in said for said in verdict.complaints)
+
+
+def test_chat_prompts_need_no_judge_that_is_the_policy(tmp_path: Path, tiny_policy_dir: Path) -> None:
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1?"}]
+    source = rows(tmp_path, {"question": turns, "text": "2"}, {"question": turns, "text": "3"})
+    settings = config().model_copy(update={"model": Config.model_validate(
+        {"model": str(tiny_policy_dir), "data": "x.jsonl", "questions": {"q": "Right?"}}
+    ).model})  # fmt: skip
+    (group,) = read_candidates(settings, source, completion="text")
+    assert len(group) == 2 and group[0].sample.prompt == tuple(turns)
+    assert "<|im_start|>system" in group[0].sample.context and group[0].sample.n_tokens > 0

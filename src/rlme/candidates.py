@@ -107,6 +107,9 @@ def read_candidates(
         if not isinstance(text, str):
             raise InputError(f"{source}, row {number}: column {completion!r} is {text!r}, expected a text")
         hidden = {completion, label, *_gold_columns(data.answer, rows.columns)}
+        if tokenizer is None and (data.chat or isinstance(record.get(data.prompt), list)):
+            # No judge is the policy, but chat prompts are rendered as it reads them.
+            tokenizer = _policys_tokenizer(config)
         gold = data.answer if label is None else None
         if gold is not None and "{{" not in gold and record.get(gold) in (None, ""):
             gold = None  # whether this completion is right is not known
@@ -128,6 +131,13 @@ def read_candidates(
         columns = {k: v for k, v in built.columns.items() if k not in hidden}
         groups.setdefault(key, []).append(_candidate(config, built, text, columns, right, tokenizer))
     return list(groups.values())
+
+
+def _policys_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    from rlme.models import load_tokenizer
+
+    model = config.model
+    return load_tokenizer(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
 
 
 def _gold_columns(answer: str | None, columns: Sequence[str]) -> set[str]:

@@ -74,7 +74,12 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Judging:
-    """How questions are asked: the defaults of template and read-out, and whether all stand in one block."""
+    """How questions are asked.
+
+    `template` and `readout` are for questions that bring none of their own (auto: by how the evaluator is asked, text
+    or chat). `joint`: all questions stand in one block, each after the target answers of those before it (RLME, App.
+    B). With the read-out `reason` a critique of at most `reason_tokens` tokens comes first, then `reason_then` is read.
+    """
 
     template: str | Template = "auto"
     readout: ReadoutName = "auto"

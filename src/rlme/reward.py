@@ -70,7 +70,8 @@ def named_questions(questions: Sequence[str | Question] | Mapping[str, str | Que
 
 
 class MetaReward:
-    """A reward made of meta-questions, callable as a plain TRL reward function.
+    """A reward made of meta-questions (RLME, arXiv 2601.21268, eqs. 2 and 3), callable as a plain TRL reward function:
+    N prompts and N completions in, N rewards out (nats under the read-outs `marker` and `yes_no`; None: missing).
 
         reward = MetaReward(questions=["Is the answer correct?"], evaluators=["live"])
         GRPOTrainer(model, reward_funcs=reward, ...)
@@ -93,6 +94,9 @@ class MetaReward:
 
     A completion with a failed judgement, or for which a function returned None or NaN, gets None, which TRL leaves out
     of the group's mean.
+
+    Raises:
+        InputError: nothing to judge by, two questions of one name, a mode that needs `answer`, functions that are none.
     """
 
     judges_alone = True

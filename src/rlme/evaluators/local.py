@@ -29,7 +29,11 @@ class LocalEvaluator:
     `model` is a causal language model, or a function that returns a context manager giving one (how the live and the
     frozen self borrow the policy: see `self_evaluator.py`). `chat`: ask through the chat template; by default when the
     tokenizer has one. `token_budget` bounds the tokens in one forward pass. `max_context_tokens`: a longer context is a
-    failed judgement; by default the model's own limit.
+    failed judgement; by default the model's own limit. `share`: compute what contexts have in common once. `known`
+    gives keys and values that the model has computed already, or None.
+
+    `logprobs` and `write` answer in the order of the requests, log-probabilities in nats; what cannot be judged is a
+    failed `Answer`, never an exception. Raises `InputError` for `chat` where the tokenizer has no template.
     """
 
     def __init__(
