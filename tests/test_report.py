@@ -13,7 +13,7 @@ from rich.console import Console
 
 from rlme.errors import InputError
 from rlme.report.compare import write_comparison
-from rlme.report.content import charts, duration, failures, findings, judges, spending, tiles
+from rlme.report.content import best_heldout, charts, duration, failures, findings, judges, spending, tiles
 from rlme.report.html import embed
 from rlme.report.page_data import page_data, write_report
 from rlme.report.run import read_run
@@ -377,11 +377,29 @@ def test_samples_read_what_training_writes(run_folder: Path) -> None:
 
 
 def test_the_cost_has_the_held_out_prompts_too(tmp_path: Path) -> None:
-    from rlme.report.content import spending
-
     folder = write_run(tmp_path / "run", steps=4, prompts=2, eval_every=2, eval_prompts=2)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         line |= {"cost/step": 1.0, "endpoint/judge/cost": 1.5, "endpoint/other/cost": 0.25}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert spending(read_run(folder)).cost == pytest.approx(1.75 * len(lines))
+
+
+def test_of_the_starting_model_there_is_no_best_checkpoint(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=4, prompts=2, eval_every=10, eval_prompts=2)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    kept = [line if line["step"] == 0 else {k: v for k, v in line.items() if "eval/" not in k} for line in lines]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    run = read_run(folder)
+    assert not any("Best checkpoint" in finding.text for finding in findings(run))
+    assert any("held-out" in tile.label for tile in tiles(run))
+
+
+def test_a_judgement_of_a_negative_question_chooses_no_checkpoint(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=12, prompts=2, eval_every=6, eval_prompts=4, gold=False)
+    file = folder / "config.yaml"
+    content = yaml.safe_load(file.read_text())
+    content["questions"]["concise"]["weight"] = -0.5
+    file.write_text(yaml.safe_dump(content))
+    best = best_heldout(read_run(folder))
+    assert best is not None and best[0] == "judge/qwen/correct/probability"

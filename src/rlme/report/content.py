@@ -227,11 +227,7 @@ def best_heldout(run: Run) -> tuple[str, dict[int, float]] | None:
     Step 0 is left out when there are others: of the starting model there is no checkpoint.
     """
     keys = [f"eval/{GOLD}"]
-    keys += sorted(
-        f"eval/judge/{e}/{q}/probability"
-        for e, q in judges(run)
-        if run.weight(e, q) == 0 and not math.copysign(1.0, run.weight(e, q) or 0.0) < 0  # as the run chooses
-    )
+    keys += sorted(f"eval/judge/{e}/{q}/probability" for e, q in judges(run) if run.watched(e, q))
     for key in keys:
         measured = dict(zip(*run.series(key), strict=True))
         if measured:
@@ -262,7 +258,7 @@ def tiles(run: Run) -> list[Tile]:
         key, measured = best
         step = best_step(measured)
         last = measured[max(measured)]
-        if step:  # of the starting model there is no checkpoint
+        if step is not None:
             label = f"{'gold' if key == GOLD else key.split('/')[-2]}, held-out"
             result.append(Tile(label, short(last), f"best {short(measured[step])} at step {step}"))
     if pair := start_and_now(run, "completions/mean_tokens"):
@@ -288,7 +284,7 @@ def findings(run: Run) -> list[Finding]:
     if best := best_heldout(run):
         key, measured = best
         step = best_step(measured)
-        if step is not None:
+        if step:  # of the starting model there is no checkpoint
             what = spoken(key)
             said.append(
                 Finding(

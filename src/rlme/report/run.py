@@ -84,6 +84,12 @@ class Run:
             return None
         return w * (1.0 if v is None else float(v))  # evaluators without a weight share 1: never 0
 
+    def watched(self, evaluator: str, question: str) -> bool:
+        """Whether a best checkpoint may be chosen by this judgement: it is in no reward, and more of it is better (0
+        times a negative weight is -0.0)."""
+        weight = self.weight(evaluator, question)
+        return weight is not None and weight == 0 and math.copysign(1.0, weight) > 0
+
     def rollout_files(self, *, held_out: bool = False) -> dict[int, Path]:
         """step -> Parquet file, in order."""
         paths = sorted((self.folder / ("eval" if held_out else "rollouts")).glob("step-*.parquet"))
