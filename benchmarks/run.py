@@ -29,11 +29,12 @@ from typing import Any
 
 import psutil
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from workloads import UNCOUNTED, WORKLOADS
 
 from rlme.folders import replace_file
 from rlme.models import fast_bfloat16
+from rlme.progress import SlowProgress
 
 HERE = Path(__file__).resolve().parent
 STAGES = ("sample", "judge", "update", "step")
@@ -354,7 +355,7 @@ def main() -> None:
     part = options.out.with_name(options.out.name + ".part")
     finished = Finished(None if options.workload else part, vars(options) | {"json": None, "out": None} | machine())
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+    with SlowProgress(*columns, TimeRemainingColumn(), console=console) as progress:
         total = sum(len(sides_of(name, alone=bool(options.workload))) for _, name in rounds)
         task = progress.add_task("", total=total + ("w1" in chosen) + (0 if options.workload else 3))
 

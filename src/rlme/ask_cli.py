@@ -227,16 +227,17 @@ def _load(
 
 
 def _bar(console: Console) -> Any:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-    return Progress(
+    from rlme.progress import SlowProgress
+
+    return SlowProgress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        speed_estimate_period=math.inf,  # by default, what takes longer than half a minute has no time left
         disable=not console.is_terminal,
     )
 

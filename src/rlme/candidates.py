@@ -42,14 +42,19 @@ class Policy:
     @classmethod
     def load(cls, config: Config) -> Policy:
         """The configured model."""
-        from rlme.models import load_model, load_tokenizer
+        from rlme.models import load_model
 
-        loading: dict[str, Any] = {
-            "revision": config.model.revision,
-            "trust_remote_code": config.model.trust_remote_code,
-        }
-        model = load_model(config.model.path, dtype=config.model.dtype, **loading)
-        return cls(model, load_tokenizer(config.model.path, **loading))
+        source = config.model
+        loading: dict[str, Any] = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
+        return cls(load_model(source.path, dtype=source.dtype, **loading), policy_tokenizer(config))
+
+
+def policy_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """The configured model's tokenizer."""
+    from rlme.models import load_tokenizer
+
+    source = config.model
+    return load_tokenizer(source.path, revision=source.revision, trust_remote_code=source.trust_remote_code)
 
 
 def needs_policy(config: Config, *, sampling: bool) -> bool:
@@ -109,7 +114,7 @@ def read_candidates(
         hidden = {completion, label, *_gold_columns(data.answer, rows.columns)}
         if tokenizer is None and (data.chat or isinstance(record.get(data.prompt), list)):
             # No judge is the policy, but chat prompts are rendered as it reads them.
-            tokenizer = _policys_tokenizer(config)
+            tokenizer = policy_tokenizer(config)
         gold = data.answer if label is None else None
         if gold is not None and "{{" not in gold and record.get(gold) in (None, ""):
             gold = None  # whether this completion is right is not known
@@ -131,13 +136,6 @@ def read_candidates(
         columns = {k: v for k, v in built.columns.items() if k not in hidden}
         groups.setdefault(key, []).append(_candidate(config, built, text, columns, right, tokenizer))
     return list(groups.values())
-
-
-def _policys_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    from rlme.models import load_tokenizer
-
-    model = config.model
-    return load_tokenizer(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
 
 
 def _gold_columns(answer: str | None, columns: Sequence[str]) -> set[str]:
@@ -189,6 +187,7 @@ def _context(prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None) -> str:
 
 def sample_candidates(config: Config, policy: Policy, *, prompts: int, samples: int, seed: int = 0) -> Groups:
     """`samples` completions of each of the first `prompts` training prompts, drawn as training would draw them."""
+    from rlme.models import end_tokens
     from rlme.sampling import sample
     from rlme.training.build import load_prompts
 
@@ -198,8 +197,7 @@ def sample_candidates(config: Config, policy: Policy, *, prompts: int, samples: 
         list(tokenizer(_context(p, tokenizer), add_special_tokens=isinstance(p.prompt, str))["input_ids"])
         for p in chosen
     ]
-    eos = policy.model.generation_config.eos_token_id if policy.model.generation_config is not None else None
-    ends = {*([eos] if isinstance(eos, int) else eos or []), tokenizer.eos_token_id} - {None}
+    ends = {*end_tokens(policy.model), tokenizer.eos_token_id} - {None}
     drawn = sample(
         policy.model,
         ids,

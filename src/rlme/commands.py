@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlme.config import Config
-from rlme.config_file import apply_overrides, read_yaml, validate
+from rlme.config_file import apply_overrides, beside, read_yaml, validate
 from rlme.errors import InputError
 from rlme.evaluators.endpoint_config import HOW_IT_IS_CALLED
 from rlme.result_files import check_writable
@@ -57,10 +57,8 @@ def read_config(name: str, overrides: Sequence[str] = (), output: Path | None = 
     config = validate(Config, content, str(path))
     places = [(config.data, "train"), (config.data, "eval"), (config.model, "path")]
     for section, key in (*places, *((evaluator, "model") for evaluator in config.evaluators)):
-        value = getattr(section, key)
-        beside = path.parent / value if value else None
-        if beside is not None and not Path(value).exists() and beside.exists():
-            setattr(section, key, str(beside))
+        if value := getattr(section, key):
+            setattr(section, key, beside(path, value))
     return config
 
 

@@ -70,6 +70,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def beside(file: Path, value: str) -> str:
+    """A path as it is, or as seen from the configuration's folder where only there is something."""
+    there = file.parent / value
+    return str(there) if not Path(value).exists() and there.exists() else value
+
+
 def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Put `section.key=value` settings into the mapping (values are YAML); a list item is addressed by its number."""
     for item in overrides:

@@ -34,6 +34,7 @@ TEMPLATE_VARIABLES = (
     "question", "reply_format", "anchor", "previous",
 )  # fmt: skip
 OF_THE_ANSWER = {"completion", "answer", "n_chars", "n_words", "n_tokens"}
+UNRECORDED = ("answer", "n_tokens")  # what nothing is known of where an answer is a text alone
 
 
 @dataclass(frozen=True, slots=True)

@@ -243,6 +243,12 @@ def _make_savable(model: Any) -> None:
         model.generation_config = GenerationConfig(**{name: getattr(found, name) for name in names})
 
 
+def end_tokens(model: "PreTrainedModel") -> list[int]:
+    """The tokens that end a text by the model's generation settings."""
+    found = model.generation_config.eos_token_id if model.generation_config is not None else None
+    return [found] if isinstance(found, int) else list(found or [])
+
+
 def end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> int | None:
     """The special token that the chat template writes behind an answer: not always the tokenizer's end of a text. None
     where there is none."""

@@ -86,11 +86,8 @@ def _read_jsonl(path: Path, limit: int | None) -> list[tuple[int, Any]]:
             continue
         try:
             record = json.loads(line)
-            json.dumps(record, ensure_ascii=False).encode()
         except json.JSONDecodeError as error:
             raise InputError(f"{path}, line {number}: {_bad_json(error)}") from None
-        except UnicodeEncodeError:
-            raise InputError(f"{path}, line {number}: it holds half of a surrogate pair, which is no text.") from None
         except (ValueError, RecursionError) as error:  # a number of thousands of digits, or lists thousands deep
             raise InputError(f"{path}, line {number}: it cannot be read ({error}).") from None
         rows.append((number, _object(record, f"{path}, line {number}")))
@@ -106,13 +103,7 @@ def _read_json(path: Path, limit: int | None) -> list[tuple[int, Any]]:
         raise InputError(f"{path}: it cannot be read ({error}).") from None
     if not isinstance(records, list):
         raise InputError(f"{path}: expected a list of objects, found {type(records).__name__}.")
-    rows = [(n, _object(record, f"{path}, row {n}")) for n, record in enumerate(records[:limit], start=1)]
-    for n, record in rows:
-        try:
-            json.dumps(record, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise InputError(f"{path}, row {n}: it holds half of a surrogate pair, which is no text.") from None
-    return rows
+    return [(n, _object(record, f"{path}, row {n}")) for n, record in enumerate(records[:limit], start=1)]
 
 
 def _bad_json(error: json.JSONDecodeError) -> str:
@@ -122,6 +113,10 @@ def _bad_json(error: json.JSONDecodeError) -> str:
 def _object(record: Any, where: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise InputError(f"{where}: expected a JSON object, found {type(record).__name__}.")
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{where}: it holds half of a surrogate pair, which is no text.") from None
     return record
 
 

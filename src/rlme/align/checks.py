@@ -16,7 +16,7 @@ from rlme.align.train import dpo_arguments, sft_arguments
 from rlme.config_file import read_yaml
 from rlme.errors import InputError
 from rlme.evaluators.build import check_evaluator, make_judging, make_questions
-from rlme.judging import check_templates
+from rlme.judging import UNRECORDED, check_templates
 from rlme.models import check_model, load_tokenizer
 
 
@@ -45,7 +45,7 @@ def check_ahead(config: AlignConfig, models: RunModels, prompts: AlignPrompts) -
 def _check_judges(config: AlignConfig, models: RunModels, train: Sequence[AlignPrompt]) -> None:
     stage = config.judge
     questions, judging = make_questions(stage.questions), make_judging(stage.judging)
-    check_templates(questions, judging, list(train[0].columns), absent=("answer", "n_tokens"))
+    check_templates(questions, judging, list(train[0].columns), absent=UNRECORDED)
     with _under("judge.evaluators"):
         for evaluator in models.without_weights(stage.evaluators):
             if questions:

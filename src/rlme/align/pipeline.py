@@ -79,13 +79,8 @@ class Alignment:
         with locked(self.folder, busy):
             RunFolder(self.folder).write_config(self.config.model_dump(mode="json"))
             self.ledger = Ledger(self.folder / "spent.json")
-            try:
+            with self.ledger.kept():
                 return self._stages()
-            except BaseException:
-                self.ledger.call_off()
-                raise
-            finally:
-                self.ledger.save()
 
     def _stages(self) -> list[dict[str, Any]]:
         config = self.config

@@ -21,6 +21,7 @@ from rlme.models import (
     check_gradient_checkpointing,
     check_model,
     end_of_turn,
+    end_tokens,
     fast_bfloat16,
     load_model,
     load_tokenizer,
@@ -43,8 +44,7 @@ class RunModels:
     ) -> list[tuple[list[str], list[bool]]]:
         """Per prompt: n texts, and which of them were cut off at `longest` tokens."""
         model = self._model(source)
-        eos = model.generation_config.eos_token_id if model.generation_config else None
-        ends = {*([eos] if isinstance(eos, int) else eos or []), self.tokenizer.eos_token_id} - {None}
+        ends = {*end_tokens(model), self.tokenizer.eos_token_id} - {None}
         drawn = sample(
             model,
             [encode_prompt(self.tokenizer, p.prompt) for p in prompts],
@@ -122,12 +122,9 @@ class RunModels:
         loaded = load_model(source, dtype=model.dtype, revision=revision, trust_remote_code=model.trust_remote_code)
         if source == model.path:
             self._check_trainable(loaded)
-        end = end_of_turn(self.tokenizer)
-        if end is not None and loaded.generation_config is not None:  # a base model's own end is that of a text
-            found = loaded.generation_config.eos_token_id
-            ends = [found] if isinstance(found, int) else list(found or [])
-            if end not in ends:
-                loaded.generation_config.eos_token_id = [*ends, end]
+        end, ends = end_of_turn(self.tokenizer), end_tokens(loaded)
+        if end is not None and end not in ends and loaded.generation_config is not None:
+            loaded.generation_config.eos_token_id = [*ends, end]  # a base model's own end is that of a text
         return loaded
 
     def _check_trainable(self, model: Any) -> None:

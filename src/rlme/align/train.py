@@ -22,6 +22,7 @@ from rlme.errors import InputError
 from rlme.lora import lora_arguments
 from rlme.memory import keep_freed_memory, prefer_huge_pages
 from rlme.models import default_device, fast_bfloat16
+from rlme.progress import SlowProgress
 from rlme.training.settings import check_arguments
 
 Example = dict[str, Any]
@@ -162,7 +163,7 @@ def _train(trainer: Any, tokenizer: Any, folder: Path, title: str) -> dict[str, 
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     checkpoints = sorted((folder / "checkpoints").glob("checkpoint-*/trainer_state.json"), key=_step)
-    with Progress(transient=True, speed_estimate_period=math.inf) as progress:
+    with SlowProgress(transient=True) as progress:
         trainer.add_callback(_Bar(progress, title))
         trainer.train(resume_from_checkpoint=str(checkpoints[-1].parent) if checkpoints else None)
     model = trainer.accelerator.unwrap_model(trainer.model)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rlme.align.costs import Expected
 from rlme.align.stage import Stage
 from rlme.evaluators.spending import estimates
 from rlme.label_mass import LabelMass
+from rlme.progress import SlowProgress
 
 
 class Words:
@@ -62,9 +62,7 @@ class _Bar:
     def __init__(self, console: Console, title: str, total: int, start: int) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         times = (TimeElapsedColumn(), TimeRemainingColumn())
-        self.progress = Progress(
-            *columns, *times, console=console, transient=True, speed_estimate_period=math.inf
-        )  # by default, what takes longer than half a minute has no time left
+        self.progress = SlowProgress(*columns, *times, console=console, transient=True)
         self.task = self.progress.add_task(title, total=total, completed=start)
 
     def __enter__(self) -> Any:

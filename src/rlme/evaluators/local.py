@@ -14,7 +14,7 @@ from rlme.errors import InputError
 from rlme.judgement import Answer, Failure, Message, Request
 from rlme.key_values import KeyValues
 from rlme.memory import keep_freed_memory
-from rlme.models import has_chat_template
+from rlme.models import end_tokens, has_chat_template
 from rlme.sampling import sample
 from rlme.scoring import continuation_logprobs
 
@@ -114,10 +114,7 @@ class LocalEvaluator:
         with self._model() as model, torch.no_grad():
             limit = self._limit(model) - max_tokens
             fits = [i for i, ids in enumerate(contexts) if len(ids) <= limit]
-            eos = model.generation_config.eos_token_id if model.generation_config else None
-            eos = [eos] if isinstance(eos, int) else list(eos or [])
-            if self.tokenizer.eos_token_id is not None and self.tokenizer.eos_token_id not in eos:
-                eos.append(self.tokenizer.eos_token_id)
+            ends = {*end_tokens(model), self.tokenizer.eos_token_id} - {None}
             longest = max((len(contexts[i]) for i in fits), default=0) + max_tokens
             written = sample(
                 model,
@@ -125,7 +122,7 @@ class LocalEvaluator:
                 1,
                 max_new_tokens=max_tokens,
                 temperature=0.0,
-                eos_token_ids=eos,
+                eos_token_ids=sorted(ends),
                 seed=0,
                 max_rows=max(8, min(256, WRITTEN * self.token_budget // longest)),
             )

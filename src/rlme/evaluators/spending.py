@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,12 @@ def paid(evaluators: Sequence[Evaluator]) -> list[Any]:
     """Those that are asked over HTTP, without the cache before them."""
     inner = [getattr(evaluator, "inner", evaluator) for evaluator in evaluators]
     return [evaluator for evaluator in inner if hasattr(evaluator, "account")]
+
+
+def call_off(evaluators: Iterable[Any]) -> None:
+    """Let evaluators that are paid end what they are asking, and count it."""
+    for evaluator in evaluators:
+        evaluator.call_off()
 
 
 def rehearsed(evaluators: Sequence[Evaluator], ask: Callable[[Evaluator], float]) -> list[tuple[Any, Usage]]:
@@ -116,10 +123,16 @@ class Ledger:
         """By evaluator: the money."""
         return {name: account.get("cost", 0.0) for name, account in self.totals().items()}
 
-    def call_off(self) -> None:
-        """Let the evaluators end what they are asking, and count it."""
-        for evaluator in self._evaluators:
-            evaluator.call_off()
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Save it at the end; where that is an error, with what is still being asked called off and counted."""
+        try:
+            yield
+        except BaseException:
+            call_off(self._evaluators)
+            raise
+        finally:
+            self.save()
 
     def save(self) -> None:
         """Write it, by one rename, if anything is paid for."""

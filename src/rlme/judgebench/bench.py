@@ -21,10 +21,9 @@ from rlme.evaluators.spending import paid
 from rlme.judgebench.config import BenchConfig
 from rlme.judgebench.items import BenchSet, PairItem, load_set
 from rlme.judgebench.run import Advance, Record, Run, Shown, judge_pairs, judge_points
-from rlme.judging import Judging, check_templates
+from rlme.judging import UNRECORDED, Judging, check_templates
 from rlme.questions import Question
 
-UNKNOWN = ("answer", "n_tokens")  # variables that recorded answers have no values of
 _SAME_VERDICTS: Any = {"weight": True, "endpoint": SAME_VERDICTS}
 
 
@@ -91,7 +90,7 @@ def plan(config: BenchConfig, sets: list[BenchSet], evaluators: list[Evaluator])
                 for protocol in protocols:
                     yield from _pair_jobs(config, bench, evaluator, protocol, who)
                 continue
-            check_templates(questions, judging, list(bench.items[0].columns), absent=UNKNOWN)  # type: ignore[union-attr]
+            check_templates(questions, judging, list(bench.items[0].columns), absent=UNRECORDED)  # type: ignore[union-attr]
             for question in questions:
                 make = partial(_points, bench, evaluator, question, judging)
                 title = f"{bench.name}: {evaluator.name} / {question.name}"

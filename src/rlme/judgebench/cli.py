@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -218,7 +217,6 @@ def _judge(settings: Any, sets: list[BenchSet], folder: Path | None, console: Co
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
-        Progress,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
@@ -230,6 +228,7 @@ def _judge(settings: Any, sets: list[BenchSet], folder: Path | None, console: Co
     from rlme.evaluators.spending import Ledger, estimates
     from rlme.judgebench.bench import expected, plan
     from rlme.judgebench.run import as_record, load_saved, save_records
+    from rlme.progress import SlowProgress
 
     _quiet()
     ledger = None if folder is None else Ledger(folder / "spent.json")
@@ -265,7 +264,7 @@ def _judge(settings: Any, sets: list[BenchSet], folder: Path | None, console: Co
     masses = _LabelMasses(settings.judging.mass_warning, console)
     for job in jobs:
         masses.add(job, made[job.inputs].records if job.inputs in made else ())
-    with Progress(*columns, console=console, speed_estimate_period=math.inf) as progress:
+    with SlowProgress(*columns, console=console) as progress:
         whole = progress.add_task("all items", total=sum(job.items for job in left))
         for job in left:
             progress.update(whole, description=escape(job.title))
@@ -286,15 +285,8 @@ def _judge(settings: Any, sets: list[BenchSet], folder: Path | None, console: Co
                 if lines is not None:
                     lines.append([asdict(record) for record in new])
 
-            try:
+            with nullcontext() if ledger is None else ledger.kept():
                 made[job.inputs] = replace(job.make(done, advance), inputs=job.inputs)
-            except BaseException:
-                if ledger is not None:
-                    ledger.call_off()
-                raise
-            finally:
-                if ledger is not None:
-                    ledger.save()
             if folder is not None and lines is not None:
                 save_records(made.values(), folder / "verdicts.jsonl")
                 lines.path.unlink(missing_ok=True)

@@ -33,7 +33,7 @@ def serve(
     grace: Annotated[int, typer.Option(min=0, help="Seconds to finish running requests when stopped.")] = 60,
 ) -> None:
     """Serve a reward over HTTP: prompts and completions in, rewards and every judgement out (page: /docs)."""
-    from rlme.config_file import apply_overrides, read_yaml, validate
+    from rlme.config_file import apply_overrides, beside, read_yaml, validate
     from rlme.errors import InputError
 
     token = os.environ.get(token_env, "").strip() or None
@@ -54,10 +54,8 @@ def serve(
     content = apply_overrides(read_yaml(config), overrides or [])
     content.pop("run_info", None)  # of a run's own config.yaml
     checked = validate(ServeConfig, content, str(config))
-    for spec in checked.evaluators:  # a folder may be named as seen from the file's
-        beside = config.parent / spec.model if spec.model else None
-        if beside is not None and not Path(str(spec.model)).exists() and beside.exists():
-            spec.model = str(beside)
+    for spec in checked.evaluators:
+        spec.model = beside(config, spec.model) if spec.model else None
     with _listen(host, port) as listening:  # before the models are loaded: who asks meanwhile waits
         evaluators = make_evaluators(checked)
         check_labels(checked, evaluators)

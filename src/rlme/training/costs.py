@@ -29,18 +29,10 @@ class Costs:
         self.before: Totals = folder.read_spent()
         """Totals from before the run was resumed."""
         self.evaluators = paid(trainer.reward.evaluators(trainer))
-        for evaluator in self.evaluators:
-            spent = self.before.get(evaluator.name, {}).get("cost", 0.0)
-            evaluator.account.spent_before = spent / trainer.accelerator.num_processes
 
     def totals(self) -> Totals:
         """Since the last start, all processes together (every process must call this)."""
         return added(gather_object([{e.name: e.account.metrics() for e in self.evaluators}]))
-
-    def call_off(self) -> None:
-        """Let the evaluators end what they are asking, and count it."""
-        for evaluator in self.evaluators:
-            evaluator.call_off()
 
     def save(self, totals: Totals) -> None:
         """Write what the run has taken so far, before and after being resumed."""

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+from rlme.progress import SlowProgress
 
 Record = dict[str, Any]
 
 SHOWN = 3  # completions in each example panel
 
 
-class _Bar(Progress):
+class _Bar(SlowProgress):
     """The bar with its stage, and the last step's numbers below it: on one line they would push each other out."""
 
     summary = ""
@@ -43,7 +44,6 @@ class Display:
             TimeRemainingColumn(),
             TextColumn("{task.fields[stage]}"),
             console=console,
-            speed_estimate_period=math.inf,  # by default, what takes longer than half a minute has no time left
             disable=not console.is_terminal,
         )
         self.task = self.progress.add_task("train", total=steps, completed=done, stage="")

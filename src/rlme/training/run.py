@@ -27,6 +27,7 @@ from rlme.errors import InputError, RunStopped
 from rlme.evaluators.base import Evaluator
 from rlme.evaluators.build import STYLES, check_evaluator, make_judging, make_questions
 from rlme.evaluators.local import LocalEvaluator
+from rlme.evaluators.spending import call_off
 from rlme.lora import lora_arguments
 from rlme.models import check_gradient_checkpointing, load_model, load_tokenizer
 from rlme.processes import leave_together
@@ -174,14 +175,14 @@ def _train(
             "run may go further with a lower train.learning_rate"
         ) from None
     except RunStopped as stop:
-        costs.call_off()
+        call_off(costs.evaluators)
         costs.save(costs.totals())
         _save_where_it_stands(trainer, folder)
         leave_together()
         raise RunStopped(f"{stop}. The state is saved: rlme train --resume {folder.path}") from None
     except BaseException:
         if trainer.accelerator.num_processes == 1:  # else the others cannot be asked any more
-            costs.call_off()
+            call_off(costs.evaluators)
             costs.save(costs.totals())
         raise
     if interrupt.stopped:

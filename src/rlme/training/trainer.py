@@ -161,15 +161,16 @@ class RLMETrainer(KeepsRollouts, GRPOTrainer):
 
     def _stopped(self, completion_ids: list[list[int]], logprobs: Any) -> tuple[list[list[int]], Any]:
         """Completions that others have sampled, cut after a stop string."""
-        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         stops = [length_to_stop(ids, self.stop_strings, self._tokenizer) for ids in completion_ids]
         cut = [ids[:stop] for ids, stop in zip(completion_ids, stops, strict=True)]
-        self._truncated = [
-            stop is None and (not ids or ids[-1] not in ends) for ids, stop in zip(cut, stops, strict=True)
-        ]
+        self._truncated = [stop is None and self._cut_off(ids) for ids, stop in zip(cut, stops, strict=True)]
         if logprobs is not None:
             logprobs = [values[: len(ids)] for values, ids in zip(logprobs, cut, strict=True)]
         return cut, logprobs
+
+    def _cut_off(self, ids: list[int]) -> bool:
+        """Whether a completion does not end with a token that ends one."""
+        return not ids or ids[-1] not in {*self.eos_token_ids, self._tokenizer.pad_token_id}
 
     def _sample(self, prompt_ids: list[list[int]]) -> tuple[list[list[int]], None]:
         learning, seed = self.model.training, self._sampling_seed()
@@ -256,8 +257,7 @@ class RLMETrainer(KeepsRollouts, GRPOTrainer):
         self._truncated = []
         result = super()._generate(prompts)
         if len(self._truncated) != len(result[1]):  # tools or a rollout function: not one turn for each
-            ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
-            self._truncated = [not ids or ids[-1] not in ends for ids in result[1]]
+            self._truncated = [self._cut_off(ids) for ids in result[1]]
         return result
 
     # -- judge ------------------------------------------------------------------------------------------------------
