@@ -3,11 +3,12 @@
     python benchmarks/run.py                                regenerates BENCHMARKS.md (a long run)
     python benchmarks/run.py --workload w1 --json FILE      one workload: seconds of ours, of the peer, ratio
     python benchmarks/random_model.py qwen3-4b DIR          a model for GPUs, then:
-    python benchmarks/run.py --model DIR --out FILE
+    python benchmarks/run.py --model DIR --workload w1 prompt-1024 --out FILE
 
-The sides run in processes of their own, one after another in turns, so that a machine that slows down slows both.
-Ratios are medians over pairs of steps. Run it on a machine that does nothing else. Workloads that are done are kept in
-FILE.part beside the page until it is written: the same command goes on there, and measures what was cut short anew.
+The sides run one after another in turns, so that a machine that slows down slows all; on a CPU in processes of their
+own, as their memory can be told apart only so. Ratios are medians over pairs of steps. Run it on a machine that does
+nothing else. Workloads that are done are kept in FILE.part beside the page until it is written: the same command goes
+on there, and measures what was cut short anew.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import statistics
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +31,7 @@ from typing import Any
 import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from workloads import UNCOUNTED, WORKLOADS
+from workloads import GPU, UNCOUNTED, WORKLOADS
 
 from rlme.folders import replace_file
 from rlme.models import fast_bfloat16
@@ -43,11 +44,12 @@ BARS = {"sample": 1.5, "judge": 6.0, "update": 3.0, "step": 3.5}
 # What `rlme.memory.keep_freed_memory` sets, as its user would have to give it to another program.
 KEPT = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**63 - 1)}
 SPARE = 2**30  # bytes of memory that a side has to leave to the machine
-SMALL = 2  # rows of a training pass: of 1, 2, 4, 8, 16 and 32 TRL's fastest update on two cores
+# Rows of a training pass on w1: all, as a GPU wants it; on two cores, of 1, 2, 4, 8, 16 and 32, TRL's fastest update.
+BEST = 32 if GPU else 2
 SIDES = {
     "ours": "ours",
     "peer": "TRL",
-    "peer_small": f"TRL, {SMALL} rows",
+    "peer_best": f"TRL, {BEST} rows",
     "peer_kept": "TRL, memory kept",
     "off": "sharing off",
 }
@@ -55,18 +57,19 @@ FLOOR = ("matrix products", "attention")  # kinds of operation in a profile that
 NAMES = {"sample": "sampling", "judge": "judging", "update": "loss and update", "step": "whole step"}
 
 
-def run_side(side: str, workload: str, steps: int, options: argparse.Namespace, *extra: str) -> dict[str, Any]:
+def run_sides(
+    sides: Sequence[str], workload: str, steps: int, options: argparse.Namespace, *extra: str
+) -> list[dict[str, Any]]:
     """One process of `side.py`."""
-    arguments = ["--side", side.partition("_")[0], "--workload", workload, "--steps", str(steps), *extra]
-    if side == "peer_small":
-        arguments += ["--peer-batch", str(SMALL)]
-    return run_script("side.py", arguments, options, KEPT if side.endswith("_kept") else {})
+    names = [f"peer:{BEST}" if side == "peer_best" else side.partition("_")[0] for side in sides]
+    arguments = ["--side", *names, "--workload", workload, "--steps", str(steps), *extra]
+    return run_script("side.py", arguments, options, KEPT if sides[0] == "peer_kept" else {})
 
 
 def run_script(
     name: str, arguments: list[str], options: argparse.Namespace, settings: dict[str, str]
-) -> dict[str, Any]:
-    """A script of this folder in a process of its own; its last line of output."""
+) -> list[dict[str, Any]]:
+    """A script of this folder in a process of its own; the numbers that it prints."""
     command = [sys.executable, str(HERE / name), "--model", options.model, "--clock", options.clock, *arguments]
     environment = dict(os.environ) | settings
     if options.threads:
@@ -86,8 +89,7 @@ def run_script(
         raise MemoryError(f"{' '.join(command)} needs more memory than there is")
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{errors[-3000:]}")
-    result: dict[str, Any] = json.loads(output.splitlines()[-1])
-    return result
+    return [json.loads(line) for line in output.splitlines() if line.startswith('{"')]  # TRL logs with other quotes
 
 
 class Finished:
@@ -114,10 +116,12 @@ class Finished:
 
 
 def sides_of(name: str, *, alone: bool) -> tuple[str, ...]:
-    """Who runs a workload; `alone`: it is the only one asked for."""
+    """Who runs a workload; `alone`: without a page."""
     if alone:
-        return ("ours", "peer", "peer_small") if name == "w1" else ("ours", "peer")
-    return ("ours", "peer", *(("peer_small", "peer_kept") if name == "w1" else ("off",)))
+        return ("ours", "peer", "peer_best") if name == "w1" else ("ours", "peer")
+    if name == "w1":
+        return ("ours", "peer", "peer_best", "off" if GPU else "peer_kept")  # GPUs have no C library's heap
+    return ("ours", "peer", "off")
 
 
 def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -155,7 +159,7 @@ def stage_table(summary: dict[str, Any], sides: tuple[str, ...]) -> str:
     head += [*(f"{SIDES[s]} tokens" for s in sides), *(f"{SIDES[s]} % of matrix rate" for s in sides)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for stage, row in summary["stages"].items():
-        cells = [NAMES[stage], *(f"{row[f'{s}_s']:.1f}" for s in sides), *(f"{row[f'{s}_ratio']:.2f}" for s in others)]
+        cells = [NAMES[stage], *(f"{row[f'{s}_s']:.3g}" for s in sides), *(f"{row[f'{s}_ratio']:.2f}" for s in others)]
         for s in sides:
             cells.append("" if stage == "step" else f"{row[f'{s}_tokens']:,.0f}")
         for s in sides:
@@ -195,7 +199,7 @@ def ratio_table(results: dict[str, dict[str, Any]], other: str) -> str:
         stages, peak = summary["stages"], summary["peak_gib"]
         if other in peak:
             cells = [workload, *(f"{stages[s][f'{other}_ratio']:.2f}" for s in STAGES)]
-            cells += [f"{stages['step'][f'{side}_s']:.1f}" for side in ("ours", other)]
+            cells += [f"{stages['step'][f'{side}_s']:.3g}" for side in ("ours", other)]
             lines.append("| " + " | ".join([*cells, f"{peak['ours']:.1f} / {peak[other]:.1f}"]) + " |")
     return "\n".join(lines) + "\n"
 
@@ -206,7 +210,7 @@ def question_table(questions: dict[str, dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for count, row in questions.items():
         added = ["" if row[of] is None else f"{100 * row[of]:.1f} %" for of in ("added", "added_tokens")]
-        lines.append("| " + " | ".join([count, f"{row['seconds']:.1f}", f"{row['tokens']:,}", *added]) + " |")
+        lines.append("| " + " | ".join([count, f"{row['seconds']:.3g}", f"{row['tokens']:,}", *added]) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -230,75 +234,27 @@ def machine() -> dict[str, str]:
     }
 
 
-def document(
-    results: dict[str, dict[str, Any]], profiles: dict[str, Any], further: dict[str, Any], options: argparse.Namespace
-) -> str:
-    """BENCHMARKS.md."""
-    w1 = results["w1"]
-    setting = machine()
-    clock = "wall clock" if options.clock == "wall" else "processor time of the process"
-    kept, judged = w1["stages"]["step"], w1["stages"]["judge"]
+def on_a_cpu(w1: dict[str, Any]) -> str:
+    """What has to be said of the sides of w1 where the C library's heap and two cores count."""
+    step = w1["stages"]["step"]
+    return f"""*TRL, {BEST} rows* trains with
+`per_device_train_batch_size={BEST}`: of 1, 2, 4, 8, 16 and 32 rows (`benchmarks/side.py --side peer:N --workload w1`)
+the fastest update on two cores, and with little memory. Our training passes hold at most
+{WORKLOADS["w1"].token_budget:,} tokens.
+
+On Linux, the C library gives the memory of freed tensors back to the system and asks for it again, which is
+{100 * (1 - step["peer_kept_s"] / step["peer_s"]):.0f} % of *TRL*'s step; our trainer tells it not to (`rlme.memory`).
+*TRL, memory kept* is TRL with its defaults and the same settings given from outside, by environment variables
+({", ".join(f"`{k}={v}`" for k, v in KEPT.items())}): what its user can have who knows of them."""
+
+
+def what_is_left(profiles: dict[str, Any], further: dict[str, Any]) -> str:
+    """What a further question costs, and where the time of each stage goes."""
     kinds = list(dict.fromkeys(kind for shares in profiles.values() for kind in shares))
     profile = ["| stage | " + " | ".join(kinds) + " |", "|" + "---|" * (1 + len(kinds))]
     for stage, shares in profiles.items():
         profile.append(f"| {NAMES[stage]} | " + " | ".join(f"{100 * shares.get(k, 0):.0f} %" for k in kinds) + " |")
-    workloads = "\n".join(
-        f"- `{name}`: {w.prompts} prompts of {w.prompt_tokens or 'about 90'} tokens, {w.group} completions of at most "
-        f"{w.completion_tokens} tokens each, {w.questions} questions to "
-        f"{'the policy itself' if w.live else f'{w.evaluators} frozen copies'}"
-        for name, w in WORKLOADS.items()
-        if name in results
-    )
-    if w1["precision"] == "bfloat16":
-        precision = "float32 weights, bfloat16 autocast, evaluators in bfloat16"
-    else:
-        precision = "float32, as the machine has no bfloat16 products in hardware"
-    starved = [
-        f"{SIDES[side]} on {name}"
-        for name, summary in results.items()
-        for side in sides_of(name, alone=False)
-        if side not in summary["peak_gib"]
-    ]
-    missing = f"Not measured: {', '.join(starved)}, which need more memory than there is.\n\n" if starved else ""
-    in_full = "\n".join(
-        f"### {name}\n\n{stage_table(summary, tuple(summary['peak_gib']))}"
-        for name, summary in results.items()
-        if name != "w1"
-    )
-    return f"""# Benchmarks
-
-Written by `python benchmarks/run.py`; do not edit. Machine: {w1["gpu"] or setting["machine"]}; {setting["packages"]};
-model {options.model}; {clock}, {options.threads or "all"} threads; medians of {options.repeats} x {options.steps}
-steps (w1; one step of the others), after {UNCOUNTED} steps that are not counted, sides in turns. Matrix
-products in {w1["precision"]} were measured at {w1["matmul_gflops"]:.0f} GFLOP/s.
-
-*Ours* is `RLMETrainer`. *TRL* is `GRPOTrainer` with a reward function as a careful user writes it: batched by length,
-logits of the label positions only, no gradient checkpointing, TRL's default of 8 rows a training pass. *Sharing off* is
-`RLMETrainer(share_prefixes=False)`. Model, prompts, questions, loss, optimizer and precision are the same:
-{precision}. *Tokens* are positions that went through a model, padding included. *Matrix rate* is the share of the
-measured matrix-product rate that the transformer layers' arithmetic alone accounts for.
-
-## One training step (w1)
-
-{stage_table(w1, sides_of("w1", alone=False))}
-*TRL* runs as it is installed, with its defaults. *TRL, {SMALL} rows* trains with
-`per_device_train_batch_size={SMALL}`: of 1, 2, 4, 8, 16 and 32 rows (`benchmarks/side.py --side peer --workload w1
---peer-batch N`) the fastest update on two cores, and with little memory. Our training passes hold at most
-{WORKLOADS["w1"].token_budget:,} tokens.
-
-On Linux, the C library gives the memory of freed tensors back to the system and asks for it again, which is
-{100 * (1 - kept["peer_kept_s"] / kept["peer_s"]):.0f} % of *TRL*'s step; our trainer tells it not to (`rlme.memory`).
-*TRL, memory kept* is TRL with its defaults and the same settings given from outside, by environment variables
-({", ".join(f"`{k}={v}`" for k, v in KEPT.items())}): what its user can have who knows of them.
-
-{target_table(w1, profiles)}
-The two last columns are bounds. *Nothing but products and attention*: ours without the other kinds of operation in the
-table below. Where the target lies above it, only fewer tokens or faster products than PyTorch's could reach it. *Most
-that the tokens allow*: the layers' products alone, at the whole measured matrix rate. In judging, each answer is read
-once, but every question's own words (and its label's) are new: {judged["ours_tokens"]:,.0f} tokens instead
-of {judged["peer_tokens"]:,.0f}.
-
-## A further question
+    return f"""## A further question
 
 w1's completions judged with more and more questions, in turns in one process (`benchmarks/further_question.py`; medians
 of {further["rounds"]} rounds). The target: a further question adds at most 10 % to the time of the first.
@@ -313,7 +269,59 @@ Share of each stage's time on our side, by kind of operation (torch profiler):
 Matrix products and attention are the floor of this computation at these token counts; the rest is what better kernels
 could still remove.
 
-## Other workloads: TRL's time over ours
+"""
+
+
+def document(
+    results: dict[str, dict[str, Any]],
+    profiles: dict[str, Any],
+    further: dict[str, Any],
+    setting: dict[str, Any],
+    options: argparse.Namespace,
+) -> str:
+    """BENCHMARKS.md."""
+    w1 = results["w1"]
+    bounds = left = ""
+    chosen = f" --model DIR --workload {' '.join(options.workload)} --out FILE" if options.workload else ""
+    if profiles:
+        left = what_is_left(profiles, further)
+    if profiles and not GPU:  # the targets are two cores'
+        bounds = f"""{target_table(w1, profiles)}
+The two last columns are bounds. *Nothing but products and attention*: ours without the other kinds of operation in the
+table below. Where the target lies above it, only fewer tokens or faster products than PyTorch's could reach it. *Most
+that the tokens allow*: the layers' products alone, at the whole measured matrix rate. """
+    clock = "wall clock" if options.clock == "wall" else "processor time of the process"
+    judged = w1["stages"]["judge"]
+    workloads = "\n".join(
+        f"- `{name}`: {w.prompts} prompts of {w.prompt_tokens or 'about 90'} tokens, {w.group} completions of at most "
+        f"{w.completion_tokens} tokens each, {w.questions} questions to "
+        f"{'the policy itself' if w.live else f'{w.evaluators} frozen copies'}"
+        for name, w in WORKLOADS.items()
+        if name in results
+    )
+    if w1["precision"] == "bfloat16":
+        precision = "float32 weights, bfloat16 autocast, evaluators in bfloat16"
+    else:
+        precision = "float32, as the machine has no bfloat16 products in hardware"
+    if GPU:
+        own = f"""*TRL, {BEST} rows* trains with
+`per_device_train_batch_size={BEST}`: all rows in one pass, as a GPU wants it. Ours are in one pass, too."""
+    else:
+        own = on_a_cpu(w1)
+    starved = [
+        f"{SIDES[side]} on {name}"
+        for name, summary in results.items()
+        for side in sides_of(name, alone=False)
+        if side not in summary["peak_gib"]
+    ]
+    missing = f"Not measured: {', '.join(starved)}, which need more memory than there is.\n\n" if starved else ""
+    in_full = "\n".join(
+        f"### {name}\n\n{stage_table(summary, tuple(summary['peak_gib']))}"
+        for name, summary in results.items()
+        if name != "w1"
+    )
+    rest = (
+        f"""## Other workloads: TRL's time over ours
 
 {ratio_table(results, "peer")}
 {workloads}
@@ -326,14 +334,42 @@ A group of one is not among them: it has no advantage, and TRL refuses it.
 ## Other workloads in full
 
 {in_full}"""
+        if len(results) > 1
+        else workloads + "\n"
+    )
+    return f"""# Benchmarks
+
+Written by `python benchmarks/run.py{chosen}`; do not edit.
+Machine: {", ".join(filter(None, (w1["gpu"], setting["machine"])))}; {setting["packages"]};
+model {Path(options.model).name}; {clock}, {options.threads or "all"} threads;
+medians of {options.repeats} x {options.steps} steps (w1; one step of the others), sides in turns; steps at the start
+that are not counted: {UNCOUNTED}. Matrix products in {w1["precision"]} were measured at
+{w1["matmul_gflops"]:,.0f} GFLOP/s.
+
+*Ours* is `RLMETrainer`. *TRL* is `GRPOTrainer` with a reward function as a careful user writes it: batched by length,
+logits of the label positions only, no gradient checkpointing, TRL's default of 8 rows a training pass. *Sharing off* is
+`RLMETrainer(share_prefixes=False)`. Model, prompts, questions, loss, optimizer and precision are the same:
+{precision}. *Tokens* are positions that went through a model, padding included. *Matrix rate* is the share of the
+measured matrix-product rate that the transformer layers' arithmetic alone accounts for.
+
+## One training step (w1)
+
+{stage_table(w1, sides_of("w1", alone=False))}
+*TRL* runs as it is installed, with its defaults. {own}
+
+{bounds}In judging, each answer is read
+once, but every question's own words (and its label's) are new: {judged["ours_tokens"]:,.0f} tokens instead
+of {judged["peer_tokens"]:,.0f}.
+
+{left}{rest}"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workload", choices=sorted(WORKLOADS), help="this one alone; BENCHMARKS.md stays as it is")
+    parser.add_argument("--workload", nargs="+", choices=sorted(WORKLOADS), help="these alone; a page only with --out")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
     parser.add_argument("--model", default="builtin:smollm2-135m")
-    parser.add_argument("--out", type=Path, default=HERE.parent / "BENCHMARKS.md", metavar="FILE")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the page, instead of BENCHMARKS.md")
     parser.add_argument(
         "--steps", type=int, default=2, help=f"measured steps of each process on w1; {UNCOUNTED} more run first"
     )
@@ -341,40 +377,47 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="0: as torch chooses")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: on a machine that is shared")
     options = parser.parse_args()
-    chosen = [options.workload] if options.workload else list(WORKLOADS)
+    chosen = options.workload or list(WORKLOADS)
+    alone = bool(options.workload) and options.out is None
+    if "w1" not in chosen and not alone:
+        parser.error("a page begins with w1: name it among the workloads")
+    page = options.out or HERE.parent / "BENCHMARKS.md"
     console = Console(stderr=True)
     results: dict[str, dict[str, Any]] = {}
     profiles: dict[str, Any] = {}
     further: dict[str, Any] = {}
     rounds = [  # w1 again at the end: a slow quarter of an hour of the machine should not hit all its repeats
-        (repeat, name)
-        for repeat in range(options.repeats)
-        for name in chosen
-        if repeat == 0 or name == "w1" or options.workload
+        (repeat, name) for repeat in range(options.repeats) for name in chosen if repeat == 0 or name == "w1" or alone
     ]
-    part = options.out.with_name(options.out.name + ".part")
-    finished = Finished(None if options.workload else part, vars(options) | {"json": None, "out": None} | machine())
+    part = page.with_name(page.name + ".part")
+    finished = Finished(None if alone else part, vars(options) | {"json": None, "out": None} | machine())
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with SlowProgress(*columns, TimeRemainingColumn(), console=console) as progress:
-        total = sum(len(sides_of(name, alone=bool(options.workload))) for _, name in rounds)
-        task = progress.add_task("", total=total + ("w1" in chosen) + (0 if options.workload else 3))
+        total = sum(len(sides_of(name, alone=alone)) for _, name in rounds)
+        whole = not options.workload  # what a page of chosen workloads leaves out
+        task = progress.add_task("", total=total + ("w1" in chosen and (whole or alone)) + 3 * whole)
 
         def take_turns(name: str) -> dict[str, Any]:
             """One run of each side; None for one that needs more memory than there is."""
             results: dict[str, Any] = {}
-            for side in sides_of(name, alone=bool(options.workload)):
-                progress.update(task, description=f"{name}: {side}")
+            sides = sides_of(name, alone=alone)
+            for together in [sides] if GPU else [(side,) for side in sides]:
+                progress.update(task, description=f"{name}: {', '.join(together)}")
                 try:
-                    results[side] = done = run_side(side, name, options.steps if name == "w1" else 1, options)
+                    done = run_sides(together, name, options.steps if name == "w1" else 1, options)
                 except MemoryError as error:
-                    if side == "ours" or name == "w1":  # what everything is compared with
+                    if "ours" in together or name == "w1":  # what everything is compared with
                         raise SystemExit(str(error)) from None
-                    results[side] = None
+                    results |= dict.fromkeys(together)
                     continue
                 finally:
-                    progress.advance(task)
-                seconds = ({stage: round(s, 1) for stage, s in step["seconds"].items()} for step in done["steps"])
-                progress.print(f"{name}, {SIDES[side]}:", *seconds)
+                    progress.advance(task, len(together))
+                for side, measured in zip(together, done, strict=True):
+                    results[side] = measured
+                    seconds = (
+                        {stage: round(s, 2) for stage, s in step["seconds"].items()} for step in measured["steps"]
+                    )
+                    progress.print(f"{name}, {SIDES[side]}:", *seconds)
             return results
 
         runs: dict[str, dict[str, list[dict[str, Any]]]] = {}
@@ -386,26 +429,27 @@ def main() -> None:
             name: summarise({side: done for side, done in sides.items() if None not in done})
             for name, sides in runs.items()
         }
-        if "w1" in chosen:
+        if "w1" in chosen and (whole or alone):
             progress.update(task, description="a further question")
-            further = finished.measured("further", lambda: run_script("further_question.py", [], options, {}))
+            further = finished.measured("further", lambda: run_script("further_question.py", [], options, {})[-1])
             progress.advance(task)
-        for stage in () if options.workload else STAGES[:3]:
+        for stage in STAGES[:3] if whole else ():
             progress.update(task, description=f"profile: {stage}")
-            profiled = finished.measured(stage, partial(run_side, "ours", "w1", 1, options, "--profile", stage))
-            profiles[stage] = profiled["profile"]
+            profiled = finished.measured(stage, partial(run_sides, ["ours"], "w1", 1, options, "--profile", stage))
+            profiles[stage] = profiled[-1]["profile"]
             progress.advance(task)
     if options.json:
         measured = {"workloads": results, "further_question": further, "profiles": profiles}
         options.json.write_text(json.dumps(measured, indent=2) + "\n")
-    if options.workload:
-        print(stage_table(results[options.workload], tuple(results[options.workload]["peak_gib"])))
+    if alone:
+        for name in chosen:
+            print(stage_table(results[name], tuple(results[name]["peak_gib"])))
         if further:
             print(question_table(further["questions"]))
     else:
-        options.out.write_text(document(results, profiles, further, options))
+        page.write_text(document(results, profiles, further, finished.known["settings"], options))
         finished.forget()
-        print(f"wrote {options.out}")
+        print(f"wrote {page}")
 
 
 if __name__ == "__main__":

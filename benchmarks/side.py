@@ -1,16 +1,18 @@
-"""One side of a comparison, in a process of its own: some training steps, and what each stage took.
+"""Sides of a comparison, one after another: some training steps of each, and what each stage took.
 
-    python benchmarks/side.py --side ours|off|peer --workload w1 --steps 2
+    python benchmarks/side.py --side ours|off|peer ... --workload w1 --steps 2
 
 `ours` is RLME's trainer; `off` the same with sharing off; `peer` is TRL's GRPOTrainer with the reward function that a
-careful user would write. All three: the same model, prompts, questions, loss, optimizer and precision: float32 weights;
-bfloat16 autocast and evaluators in bfloat16 where the machine multiplies bfloat16 in hardware, else float32 throughout
-(there PyTorch's bfloat16 is several times slower); no gradient checkpointing. Prints one line of JSON.
+careful user would write, `peer:N` with N rows in a training pass instead of TRL's default of 8. All have the same
+model, prompts, questions, loss, optimizer and precision: float32 weights; bfloat16 autocast and evaluators in bfloat16
+where the machine multiplies bfloat16 in hardware, else float32 throughout (there PyTorch's bfloat16 is several times
+slower); no gradient checkpointing. Prints one line of JSON for each side.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import resource
 import tempfile
@@ -22,7 +24,7 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
-from workloads import QUESTIONS, UNCOUNTED, WORKLOADS, Workload
+from workloads import GPU, QUESTIONS, UNCOUNTED, WORKLOADS, Workload
 
 from rlme.evaluators.local import LocalEvaluator
 from rlme.judging import Judging
@@ -33,13 +35,14 @@ from rlme.templating import render
 from rlme.training.trainer import RLMETrainer
 
 STAGES = ("sample", "judge", "update")
-GPU = torch.cuda.is_available()
 BF16 = fast_bfloat16()
 PRECISION: Literal["bfloat16", "float32"] = "bfloat16" if BF16 else "float32"  # of frozen copies' weights, too
 # Tokens of one pass on our side. A GPU wants the default; a CPU the workload's own in training. Judging holds no
 # activations: from 4096 on, what a group shares is rarely computed twice.
 GPU_BUDGET = 8192
 JUDGE_BUDGET = GPU_BUDGET if GPU else 4096
+# Rows that TRL's side judges at a time. No activations are held: 8 to 16 are the fastest on two cores.
+PEER_JUDGE_ROWS = 96 if GPU else 8
 KINDS = {
     "matrix products": ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise"),
     # Batched products are attention's alone in these models; softmax is, but for drawing a token.
@@ -178,9 +181,7 @@ def peer_reward(models: list[Any], tokenizer: Any, questions: list[str], batch_s
     return reward
 
 
-def build(
-    side: str, workload: Workload, model_name: str, folder: str, steps: int, stages: Stages, peer_batch: int
-) -> Any:
+def build(side: str, workload: Workload, model_name: str, folder: str, steps: int, stages: Stages) -> Any:
     tokenizer = load_tokenizer(model_name)
     policy = load_model(model_name)
     copies = 0 if workload.live else workload.evaluators
@@ -192,10 +193,10 @@ def build(
     common: dict[str, Any] = {"train_dataset": dataset, "processing_class": tokenizer, "callbacks": [stages]}
     trainer: Any
     rows = workload.prompts * workload.group
+    side, _, peer_rows = side.partition(":")
     if side == "peer":
-        batch = min(peer_batch, rows)
-        # Judging holds no activations: 8 to 16 rows are the fastest on two cores.
-        reward = peer_reward(evaluators or [policy], tokenizer, questions, batch_size=8)
+        batch = min(int(peer_rows or 8), rows)
+        reward = peer_reward(evaluators or [policy], tokenizer, questions, batch_size=PEER_JUDGE_ROWS)
         trainer = GRPOTrainer(
             policy,
             reward_funcs=[reward],
@@ -237,58 +238,62 @@ def wall() -> float:
 def matmul_rate(device: torch.device, clock: Any) -> float:
     """GFLOP/s of a product of the size of a transformer layer's, in the precision of the comparison."""
     dtype = getattr(torch, PRECISION)
-    a = torch.randn(2048, 1024, device=device, dtype=dtype)
-    b = torch.randn(1024, 1024, device=device, dtype=dtype)
+    rows, width = (8192, 4096) if GPU else (2048, 1024)  # enough to fill it
+    a = torch.randn(rows, width, device=device, dtype=dtype)
+    b = torch.randn(width, width, device=device, dtype=dtype)
     best = 0.0
     for _ in range(5):
         started = clock()
         for _ in range(10):
             product = a @ b
         float(product[0, 0])
-        best = max(best, 10 * 2 * 2048 * 1024 * 1024 / (clock() - started) / 1e9)
+        best = max(best, 10 * 2 * rows * width * width / (clock() - started) / 1e9)
     return best
 
 
+def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Train with one side, and what it took."""
+    clock = wall if options.clock == "wall" else time.process_time
+    if GPU:
+        gc.collect()  # the side before
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    stages = Stages(clock, options.profile)
+    with tempfile.TemporaryDirectory() as folder:
+        workload, steps = WORKLOADS[options.workload], options.steps + UNCOUNTED
+        trainer = build(side, workload, options.model, folder, steps, stages)
+        trainer.train()
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    head = model.get_output_embeddings().weight.numel()
+    return {
+        "side": side,
+        "workload": options.workload,
+        "steps": stages.steps[UNCOUNTED:],
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_gpu_gib": torch.cuda.max_memory_allocated() / 2**30 if GPU else 0.0,
+        "gpu": torch.cuda.get_device_name() if GPU else None,
+        "body_weights": model.num_parameters() - head,
+        "precision": PRECISION,
+        "matmul_gflops": matmul_rate(model.device, clock),
+        "threads": torch.get_num_threads(),
+        "profile": stages.shares,
+    }
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--side", choices=("ours", "off", "peer"), required=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--side", nargs="+", required=True, metavar="SIDE", help="ours, off, peer or peer:ROWS")
     parser.add_argument("--workload", choices=sorted(WORKLOADS), required=True)
     parser.add_argument("--model", default="builtin:smollm2-135m")
     parser.add_argument("--steps", type=int, default=2, help=f"measured steps; {UNCOUNTED} more run before them")
-    parser.add_argument("--peer-batch", type=int, default=8, help="rows of one training pass on TRL's side")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--profile", choices=STAGES, help="report where this stage's time goes; slows it down")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    clock = wall if options.clock == "wall" else time.process_time
-    workload = WORKLOADS[options.workload]
-    with tempfile.TemporaryDirectory() as folder:
-        stages = Stages(clock, options.profile)
-        trainer = build(
-            options.side, workload, options.model, folder, options.steps + UNCOUNTED, stages, options.peer_batch
-        )
-        trainer.train()
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    head = model.get_output_embeddings().weight.numel()
-    print(
-        json.dumps(
-            {
-                "side": options.side,
-                "workload": options.workload,
-                "steps": stages.steps[UNCOUNTED:],
-                "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-                "peak_gpu_gib": torch.cuda.max_memory_allocated() / 2**30 if GPU else 0.0,
-                "gpu": torch.cuda.get_device_name() if GPU else None,
-                "body_weights": model.num_parameters() - head,
-                "precision": PRECISION,
-                "matmul_gflops": matmul_rate(model.device, clock),
-                "threads": torch.get_num_threads(),
-                "profile": stages.shares,
-            }
-        )
-    )
+    for side in options.side:
+        print(json.dumps(measure(side, options)), flush=True)
 
 
 if __name__ == "__main__":

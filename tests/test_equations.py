@@ -66,11 +66,11 @@ class Capture(TrainerCallback):
         self.gradients: list[dict[str, torch.Tensor]] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.weights.append({n: p.detach().clone() for n, p in self.trainer.model.named_parameters()})
+        self.weights.append({n: p.detach().cpu().clone() for n, p in self.trainer.model.named_parameters()})
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.gradients.append(
-            {n: p.grad.clone() for n, p in self.trainer.model.named_parameters() if p.grad is not None}
+            {n: p.grad.cpu().clone() for n, p in self.trainer.model.named_parameters() if p.grad is not None}
         )
 
 

@@ -57,6 +57,11 @@ for tokens in (2, 10, 30):  # the first time, ways of sampling are compared
     drawn = sample(model, [[5, 6, 7], [8, 9]], 4, max_new_tokens=tokens, temperature=1.0, eos_token_ids=[])
     assert all(len(s.ids) == tokens for group in drawn for s in group)
     told.append(waits() - before)
+prompts, options = [[5, 6, 7], [8, 9]], {"max_new_tokens": 8, "top_p": 0.9, "eos_token_ids": []}
+drawn = sample(model, prompts, 4, **options)
+torch.use_deterministic_algorithms(True)
+again = sample(model, prompts, 4, **options)
+assert [[s.ids for s in group] for group in again] == [[s.ids for s in group] for group in drawn]
 print(json.dumps(told))
 """
 

@@ -77,7 +77,7 @@ def logp(evaluator: LocalEvaluator, context: str, continuation: str) -> float:
     ids = tokenizer(context)["input_ids"]
     rest = tokenizer(continuation, add_special_tokens=False)["input_ids"]
     with evaluator._model() as model, torch.no_grad():
-        rows = model(torch.tensor([ids + rest])).logits[0].log_softmax(-1)
+        rows = model(torch.tensor([ids + rest], device=model.device)).logits[0].log_softmax(-1)
     return sum(rows[len(ids) - 1 + i, t].item() for i, t in enumerate(rest))
 
 

@@ -189,7 +189,7 @@ def test_equals_the_softmax_of_the_letters_by_plain_transformers(tiny_dir, chat)
         else:
             ids = tokenizer(prompt + "\n\nAnswer: Output (")["input_ids"]
         with torch.no_grad():
-            p = model(torch.tensor([ids])).logits[0, -1].double().softmax(-1)
+            p = model(torch.tensor([ids], device=model.device)).logits[0, -1].double().softmax(-1)
         letters = {c: float(p[tokenizer(c, add_special_tokens=False)["input_ids"][0]]) for c in "aAbB"}
         p_a, p_b = letters["a"] + letters["A"], letters["b"] + letters["B"]
         expected = p_a / (p_a + p_b)

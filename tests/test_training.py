@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,10 @@ def test_every_evaluator(kind: str, lora: bool, tiny_policy_dir: Path, tiny_base
 def test_frozen_does_not_move_and_live_does(tiny_policy_dir: Path, tmp_path: Path) -> None:
     """The same question to both: equal at step 1, different once the policy has moved."""
     config = write_config(
-        tmp_path, tiny_policy_dir, evaluators=["live", "frozen"], train={"steps": 3, "learning_rate": 0.05}
+        tmp_path,
+        tiny_policy_dir,
+        evaluators=["live", {"model": "frozen", "dtype": "float32"}],
+        train={"steps": 3, "learning_rate": 0.05},
     )
     train(str(config))
     first, *_, last = read_metrics(tmp_path / "run")
@@ -380,7 +384,7 @@ def test_the_resolved_configuration_runs_again(tiny_policy_dir: Path, tmp_path: 
     train(str(write_config(tmp_path, tiny_policy_dir)))
     content = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     info = content.pop("run_info")
-    assert info["format"] == 1 and info["versions"]["torch"] == torch.__version__
+    assert info["format"] == 1 and info["versions"]["torch"] == version("torch")
     content["output"] = str(tmp_path / "again")
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     train(str(tmp_path / "again.yaml"))

@@ -215,15 +215,16 @@ def tile_mask(tile: Tile) -> Bools:
     return mask
 
 
-def batch_tiles(tiles: Sequence[Tile]) -> list[list[Tile]]:
-    """Group tiles of similar size into batches that waste at most `MAX_PADDING` of their work on padding."""
+def batch_tiles(tiles: Sequence[Tile], spare: int = 0) -> list[list[Tile]]:
+    """Group tiles of similar size into batches that waste at most `MAX_PADDING` of their work on padding, and `spare`
+    scores besides."""
     batches: list[list[Tile]] = []
     work = widest = longest = 0
     for tile in sorted(tiles, key=lambda tile: (len(tile.keys), tile.stop - tile.start)):
         queries, keys = tile.stop - tile.start, len(tile.keys)
         if batches:
             padded = (len(batches[-1]) + 1) * max(widest, queries) * max(longest, keys)
-            if padded <= min((1 + MAX_PADDING) * (work + queries * keys), MAX_SCORES):
+            if padded <= min((1 + MAX_PADDING) * (work + queries * keys) + spare, MAX_SCORES):
                 batches[-1].append(tile)
                 work, widest, longest = work + queries * keys, max(widest, queries), max(longest, keys)
                 continue

@@ -157,6 +157,8 @@ class Nucleus(TopPLogitsWarper):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Logits [R, V] with those outside the nucleus at -inf (equal logits stay or go together)."""
+        if _refuses_running_sums(scores):
+            return cast(torch.FloatTensor, self(input_ids, cast(torch.FloatTensor, scores.cpu())).to(scores.device))
         top, _ = scores.topk(min(self.HEAD, scores.shape[-1]), dim=-1)
         probabilities = (top - scores.logsumexp(-1, keepdim=True)).exp()
         cumulative = probabilities.cumsum(-1)
@@ -218,7 +220,8 @@ def _sample_batch(
     """Complete R rows together, into `results`. `noise[R, max_new_tokens]` is uniform in [0, 1)."""
     device = device_of(model)
     # Apple's GPUs have no float64: tokens are chosen on the CPU there.
-    eos, noise = eos.to(device), noise.to("cpu" if device.type == "mps" else device)
+    eos = eos.to(device)
+    noise = noise.to("cpu" if device.type == "mps" or _refuses_running_sums(eos) else device)
     ids = left_padded(prompts, device)
     prompted = ids.shape[1]
     writing = begin(model, prompts)
@@ -263,6 +266,11 @@ def _sample_batch(
             ids, noise = ids[kept], noise[kept.to(noise.device)]
             rows, active = [rows[i] for i in stay], [True] * len(stay)
         writing.step(ids[:, -1])
+
+
+def _refuses_running_sums(x: Tensor) -> bool:
+    """Where PyTorch was asked for the same numbers each time (TRL's `full_determinism`), a GPU has no `cumsum`."""
+    return x.is_cuda and torch.are_deterministic_algorithms_enabled()
 
 
 def _draw(scores: Tensor, uniform: Tensor, *, greedy: bool) -> tuple[Tensor, Tensor]:
