@@ -157,7 +157,7 @@ class Nucleus(TopPLogitsWarper):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Logits [R, V] with those outside the nucleus at -inf (equal logits stay or go together)."""
-        if _refuses_running_sums(scores):
+        if _refuses_running_sums(scores.device):
             return cast(torch.FloatTensor, self(input_ids, cast(torch.FloatTensor, scores.cpu())).to(scores.device))
         top, _ = scores.topk(min(self.HEAD, scores.shape[-1]), dim=-1)
         probabilities = (top - scores.logsumexp(-1, keepdim=True)).exp()
@@ -221,7 +221,7 @@ def _sample_batch(
     device = device_of(model)
     # Apple's GPUs have no float64: tokens are chosen on the CPU there.
     eos = eos.to(device)
-    noise = noise.to("cpu" if device.type == "mps" or _refuses_running_sums(eos) else device)
+    noise = noise.to("cpu" if device.type == "mps" or _refuses_running_sums(device) else device)
     ids = left_padded(prompts, device)
     prompted = ids.shape[1]
     writing = begin(model, prompts)
@@ -268,9 +268,9 @@ def _sample_batch(
         writing.step(ids[:, -1])
 
 
-def _refuses_running_sums(x: Tensor) -> bool:
+def _refuses_running_sums(device: torch.device) -> bool:
     """Where PyTorch was asked for the same numbers each time (TRL's `full_determinism`), a GPU has no `cumsum`."""
-    return x.is_cuda and torch.are_deterministic_algorithms_enabled()
+    return device.type == "cuda" and torch.are_deterministic_algorithms_enabled()
 
 
 def _draw(scores: Tensor, uniform: Tensor, *, greedy: bool) -> tuple[Tensor, Tensor]:

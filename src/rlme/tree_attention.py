@@ -166,15 +166,15 @@ def tree_attention(
     if not on_cpu and query.shape[1] != key.shape[1]:  # with a mask, fused GPU kernels want as many key heads
         key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
     outputs = []
-    for batch in layout.batches:
-        count, widest, longest = batch.shape
-        q = query.index_select(0, batch.queries).view(count, widest, *query.shape[1:]).transpose(1, 2)
-        k = key.index_select(0, batch.keys).view(count, longest, *key.shape[1:]).transpose(1, 2)
-        v = value.index_select(0, batch.keys).view(count, longest, *value.shape[1:]).transpose(1, 2)
-        if products:
-            out = _attend_by_products(q, k, v, batch.mask(sliding_window, q.dtype), scaling)
-        else:
-            with sdpa_kernel(CUDA_KERNELS) if kind == "cuda" else nullcontext():
+    with sdpa_kernel(CUDA_KERNELS) if kind == "cuda" else nullcontext():
+        for batch in layout.batches:
+            count, widest, longest = batch.shape
+            q = query.index_select(0, batch.queries).view(count, widest, *query.shape[1:]).transpose(1, 2)
+            k = key.index_select(0, batch.keys).view(count, longest, *key.shape[1:]).transpose(1, 2)
+            v = value.index_select(0, batch.keys).view(count, longest, *value.shape[1:]).transpose(1, 2)
+            if products:
+                out = _attend_by_products(q, k, v, batch.mask(sliding_window, q.dtype), scaling)
+            else:
                 out = nn.functional.scaled_dot_product_attention(
                     q,
                     k,
@@ -184,7 +184,7 @@ def tree_attention(
                     scale=scaling,
                     enable_gqa=q.shape[1] != k.shape[1],
                 )
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
+            outputs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).index_select(0, layout.origin)[None]
 
 
