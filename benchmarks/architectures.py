@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from rlme import decoding, forward, scoring
+from rlme import decoding, forward, scoring, sharing
 from rlme.errors import InputError
 from rlme.sampling import sample
 
@@ -156,8 +156,8 @@ def measure(model: PreTrainedModel) -> dict[str, Any]:
             pairs = zip(values, LABELS, strict=True)
             off = max(off, *(abs(v - float(whole(model, context, label).sum())) for v, label in pairs))
     row["difference"] = off
-    row["shared"] = all(reason is None for reason in scoring._checked[model].values())
-    row["reason"] = next((reason for reason in scoring._checked[model].values() if reason), "")
+    row["shared"] = all(reason is None for reason in sharing._sharing[model].values())
+    row["reason"] = next((reason for reason in sharing._sharing[model].values() if reason), "")
     row["head"] = forward._checked.get(model, True)
     starts = [PROMPTS[0], PROMPTS[3]]
     groups = sample(model, starts, 1, max_new_tokens=12, temperature=0, eos_token_ids=[2])

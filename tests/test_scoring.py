@@ -413,8 +413,8 @@ def test_the_self_check_catches_a_wrong_tree(llama, monkeypatch):
     positions = forward.TreeInputs
 
     class Wrong(positions):
-        def __init__(self, *args):
-            super().__init__(*args)
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
             self.kwargs["position_ids"] = self.kwargs["position_ids"] * 3
 
     monkeypatch.setattr(forward, "TreeInputs", Wrong)

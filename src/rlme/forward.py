@@ -7,8 +7,9 @@ nothing, its part is `rlme.lm_head`'s. Where that does not give the model's own 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlme.errors import InputError
-from rlme.key_values import KeyValues
+from rlme.key_values import HELD_FROM, HeldPrefix, KeyValues
 from rlme.lm_head import LMHead, WholeLogits
-from rlme.prefix_tree import Ints, plan_packs
+from rlme.prefix_tree import Ints, plan_packs, shared_length
 from rlme.tree_attention import PASS_ERRORS, TreeInputs, causal_lm, device_of, difference, evaluating
 
 _checked: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
@@ -43,13 +44,15 @@ def forward_pass(
     head: LMHead | WholeLogits,
     *,
     share: bool,
-    known: KeyValues | None = None,
+    known: KeyValues | HeldPrefix | None = None,
     places: Sequence[Ints] = (),
+    keep: HeldPrefix | None = None,
+    gives_back: HeldPrefix | None = None,
 ) -> Forward:
     """Compute the sequences in one pass: as one row of shared prefixes, or padded on the right."""
     device = device_of(causal_lm(model))
     if share:
-        tree = TreeInputs(sequences, device, known, places)
+        tree = TreeInputs(sequences, device, known, places, keep=keep, gives_back=gives_back)
         return Forward(_hidden_states(model, **tree.kwargs), tree.paths, tree.tokens)
     longest = max(map(len, sequences))
     ids = np.zeros((len(sequences), longest), np.int64)
@@ -92,6 +95,36 @@ def _hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
     return found[0].reshape(-1, found[0].shape[-1])
 
 
+def forward_passes(
+    model: nn.Module,
+    sequences: Sequence[Sequence[int]],
+    head: LMHead | WholeLogits,
+    token_budget: int | None,
+    *,
+    share: bool,
+    read_from: Sequence[int],
+    known: KeyValues | None = None,
+    places: Sequence[Ints] = (),
+    hold: bool = False,
+) -> Iterator[tuple[list[int], Forward]]:
+    """Compute the sequences in passes of at most `token_budget` tokens, without gradient where they are several: the
+    indices of those of a pass, and the pass. `hold`: what one pass shares with the next is not computed again; of
+    sequence i, hidden states are wanted from token `read_from[i]` on."""
+    lengths = [len(p) for p in places] if known is not None else None
+    packs = plan_passes(sequences, token_budget, share=share, known=lengths, kind=length_kind(model), hold=hold)
+    held: HeldPrefix | None = None
+    for pack, following in zip_longest(packs, packs[1:]):
+        keep = None
+        if hold and following is not None:
+            last = sequences[pack[-1]]
+            shared = shared_length(last, sequences[following[0]])
+            keep = HeldPrefix(last[:shared]) if shared >= HELD_FROM else None
+        where = [held.places(sequences[n], read_from[n]) if held else places[n] for n in pack] if held or known else []
+        some = [sequences[n] for n in pack]
+        yield pack, forward_pass(model, some, head, share=share, known=held or known, places=where, keep=keep)
+        held = keep
+
+
 LengthKind = Callable[[int], int]
 
 
@@ -118,9 +151,10 @@ def plan_passes(
     share: bool,
     known: Sequence[int] | None = None,
     kind: LengthKind | None = None,
+    hold: bool = False,
 ) -> list[list[int]]:
     """Indices of the sequences of each forward pass, one of each `kind` without a budget; padded batches hold rows of
-    similar length."""
+    similar length. `hold`: a pass need not compute again what it shares with the one before."""
     if kind is not None:
         members: dict[int, list[int]] = {}
         for i in sorted(range(len(sequences)), key=lambda i: len(sequences[i])):
@@ -135,7 +169,7 @@ def plan_passes(
     if token_budget is None:
         return [list(range(len(sequences)))]
     if share:
-        return plan_packs(sequences, token_budget, known)
+        return plan_packs(sequences, token_budget, known, HELD_FROM if hold else None)
     packs: list[list[int]] = []
     for i in sorted(range(len(sequences)), key=lambda i: len(sequences[i])):
         if packs and (len(packs[-1]) + 1) * len(sequences[i]) <= token_budget:

@@ -1,14 +1,16 @@
-"""Keys and values that sampling has computed, kept so that judging the same text need not compute them again.
+"""Keys and values that were computed once, kept for passes that need not compute them again.
 
-A `live` evaluator reads the policy's own prompt and completion with the weights that have just written them. What the
-cache held at that moment is what a forward pass over the same tokens would compute, as long as weights, dtype and
-tokens are the same; `rlme.tree_attention` lets the questions attend to it.
+`KeyValues`: a `live` evaluator reads the policy's own prompt and completion with the weights that have just written
+them. What the cache held at that moment is what a forward pass over the same tokens would compute, as long as weights,
+dtype and tokens are the same. `HeldPrefix`: what shares a prefix is more than one pass may hold, so one reads the
+prefix for all. `rlme.tree_attention` lets tokens attend to either.
 """
 
 from __future__ import annotations
 
 from bisect import bisect
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor
 from rlme.prefix_tree import Ints, shared_length
 
 LIMIT = 1 << 30  # bytes; completions beyond it are computed again
+HELD_FROM = 32  # tokens of a shared prefix from which on holding it for the next pass takes less time than reading it
 
 
 class KeyValues:
@@ -95,3 +98,48 @@ class KeyValues:
             best = max(near, key=lambda i: lengths[i], default=None)
             found.append(np.empty(0, np.int64) if best is None else held[best][1][: lengths[best]])
         return found
+
+
+class HeldPrefix:
+    """Keys and values of a text's first N tokens, from the pass that reads them to those that go on from there.
+
+    `positions`[N] are 0 to N - 1. With `gradient` they take part in backward passes: each adds what it wants changed
+    in them, and the last pass reads the prefix again and passes all that on (`give_back`), so that the passes together
+    have the gradient of one.
+    """
+
+    def __init__(self, text: Sequence[int], *, gradient: bool = False) -> None:
+        self.text = tuple(text)
+        self.tokens = len(self.text)
+        self.positions: Ints = np.arange(self.tokens)
+        self.gradient = gradient
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def places(self, sequence: Sequence[int], stop: int) -> Ints:
+        """Where the first tokens of a sequence are held, of those before `stop`."""
+        return self.positions[: min(shared_length(self.text, sequence), stop)]
+
+    def keep(self, number: int, keys: Tensor, values: Tensor, where: Tensor) -> None:
+        """Take those of layer n out of a pass's, [1, K, S, d]; `where`[N] in it they are."""
+        kept = (x[0].index_select(1, where).transpose(0, 1).detach() for x in (keys, values))
+        # What several passes add up is added in float32.
+        k, v = (x.float().requires_grad_() if self.gradient else x for x in kept)
+        self._layers[number] = k, v
+
+    def layer(self, number: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [N, K, d] of one layer."""
+        return self._layers[number]
+
+    def leaves(self) -> list[Tensor]:
+        """All of them, which backward passes leave their gradient at."""
+        return [x for layer in self._layers.values() for x in layer]
+
+    def give_back(self, number: int, keys: Tensor, values: Tensor) -> None:
+        """Let the gradient of a pass's keys and values [1, K, S, d], of which the first N are these, be that of all
+        passes."""
+        for x, held in zip((keys, values), self._layers[number], strict=True):
+            if x.requires_grad and held.grad is not None:  # below the first layer that is trained, none has
+                x.register_hook(partial(self._and_owed, held.grad.transpose(0, 1)[None]))
+
+    def _and_owed(self, owed: Tensor, found: Tensor) -> Tensor:
+        return torch.cat([(found[:, :, : self.tokens] + owed).to(found.dtype), found[:, :, self.tokens :]], 2)

@@ -132,14 +132,18 @@ def without_known(row: TreeRow, known: Sequence[Ints], held: int) -> TreeRow:
 
 
 def plan_packs(
-    sequences: Sequence[Sequence[int]], token_budget: int, known: Sequence[int] | None = None
+    sequences: Sequence[Sequence[int]],
+    token_budget: int,
+    known: Sequence[int] | None = None,
+    held_from: int | None = None,
 ) -> list[list[int]]:
     """Split sequences into packs whose rows hold at most `token_budget` tokens each.
 
     `known[i]`: how many of the first tokens of sequence i need no computing. Returns lists of indices into
     `sequences`, in an order where neighbours share most. A pack that is full is cut where the least is shared,
-    hence between groups rather than inside one; the part shared across a cut is computed once on each side. A
-    single sequence longer than the budget gets a pack of its own.
+    hence between groups rather than inside one; the part shared across a cut is computed once on each side, or, where
+    it has `held_from` tokens or more, only on the first. A single sequence longer than the budget gets a pack of its
+    own.
     """
     if token_budget < 1:
         raise ValueError(f"token_budget is {token_budget}, expected at least 1")
@@ -154,7 +158,8 @@ def plan_packs(
     packs: list[list[int]] = []
     start = 0
     while start < len(order):
-        used, stop = cost(start, 0), start + 1
+        held = shared[start] if held_from is not None and shared[start] >= held_from else 0
+        used, stop = cost(start, held), start + 1
         while stop < len(order) and used + cost(stop, shared[stop]) <= token_budget:
             used += cost(stop, shared[stop])
             stop += 1

@@ -23,7 +23,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlme.errors import InputError
-from rlme.key_values import KeyValues
+from rlme.key_values import HeldPrefix, KeyValues
 from rlme.prefix_tree import Ints, Tile, batch_tiles, build_row, plan_tiles, tile_mask, without_known
 
 PREFIX = "rlme_tree_"  # our attention over "sdpa" is registered as "rlme_tree_sdpa"
@@ -89,9 +89,11 @@ class TreeLayout:
     """What attention needs to know of a row: batches of tiles, and where in them each token's output lies."""
 
     def __init__(
-        self, tiles: Sequence[Tile], positions: Ints, device: torch.device, known: KeyValues | None = None
+        self, tiles: Sequence[Tile], positions: Ints, device: torch.device, known: KeyValues | HeldPrefix | None = None
     ) -> None:
         self.known = known
+        self.keep: tuple[HeldPrefix, Tensor] | None = None  # what later passes go on from, and where it is
+        self.gives_back: HeldPrefix | None = None  # what earlier passes went on from; the row begins with it
         held = 0 if known is None else known.tokens
         batches = batch_tiles(tiles, 0 if device.type == "cpu" else SPARE_SCORES)
         self.batches = [TileBatch(batch, positions, held, device) for batch in batches]
@@ -108,15 +110,20 @@ class TreeInputs:
     """Token sequences ready for one forward pass: `model(**inputs.kwargs)` computes one row of S tokens.
 
     `known`: keys and values that need no computing; `places[i]` says where those of the first tokens of sequence i
-    lie in it. `paths[i][t]` is negative for them: the pass has no hidden state of theirs.
+    lie in it. `paths[i][t]` is negative for them: the pass has no hidden state of theirs. `keep`: the first tokens of
+    the last sequence, to be held for other passes. `gives_back`: the first tokens of all sequences, which other passes
+    were spared.
     """
 
     def __init__(
         self,
         sequences: Sequence[Sequence[int]],
         device: torch.device,
-        known: KeyValues | None = None,
+        known: KeyValues | HeldPrefix | None = None,
         places: Sequence[Ints] = (),
+        *,
+        keep: HeldPrefix | None = None,
+        gives_back: HeldPrefix | None = None,
     ) -> None:
         row = build_row(sequences)
         positions = row.positions
@@ -125,13 +132,17 @@ class TreeInputs:
             positions = np.concatenate([known.positions, row.positions])
         self.paths = [path - (known.tokens if known else 0) for path in row.paths]
         self.tokens = len(row.tokens)
+        layout = TreeLayout(plan_tiles(row.runs), positions, device, known)
+        layout.gives_back = gives_back
+        if keep is not None:
+            layout.keep = keep, torch.from_numpy(row.paths[-1][: keep.tokens]).to(device)
         self.kwargs: dict[str, Any] = {
             "input_ids": torch.from_numpy(row.tokens).to(device)[None],
             "position_ids": torch.from_numpy(row.positions).to(device)[None],
             # Transformers passes a 4D mask through as it is instead of building its own; the layout replaces
             # it.
             "attention_mask": torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device),
-            "tree_layout": TreeLayout(plan_tiles(row.runs), positions, device, known),
+            "tree_layout": layout,
             "use_cache": False,
         }
 
@@ -152,11 +163,16 @@ def tree_attention(
     besides comes first among the keys.
     """
     kind = query.device.type
+    if layout.gives_back is not None:
+        layout.gives_back.give_back(cast(int, module.layer_idx), key, value)
     if layout.known is not None:
         key, value = (
             torch.cat([held.to(new.dtype).transpose(0, 1)[None], new], dim=2)
             for held, new in zip(layout.known.layer(cast(int, module.layer_idx)), (key, value), strict=True)
         )
+    if layout.keep is not None:
+        prefix, where = layout.keep
+        prefix.keep(cast(int, module.layer_idx), key, value, where)
     # Rotary embeddings leave queries and keys in float32; under autocast attention computes in its dtype anyway.
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     query, key, value = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # [S, heads, d]

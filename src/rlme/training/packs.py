@@ -2,20 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from trl.trainer.utils import split_tensor_dict
 
+from rlme.key_values import HELD_FROM, HeldPrefix
 from rlme.processes import everywhere
+from rlme.scoring import plan_rows
+from rlme.sharing import may_train_held
 
 # How a pack's loss adds up to the batch's, by TRL's `loss_type`: these already divide by the whole batch's tokens;
 # the others are means over the pack's sequences (or, bnpo, tokens).
 _SUMS = ("cispo", "dapo", "vespo")
 
 Metrics = dict[str, list[float]]
+
+
+@dataclass(slots=True)
+class Pack:
+    """Rows of one forward-backward pass."""
+
+    rows: list[int]
+    prompt: Tensor | None = None
+    """What this pass and those that follow up to a `last` one begin with, where they are several."""
+    last: bool = False
+    """The pass that reads the prompt for those before it."""
+
+
+def plan(
+    model: nn.Module, prompts: Sequence[Tensor], completions: Sequence[Tensor], token_budget: int, *, hold: bool
+) -> list[Pack]:
+    """Packs of at most `token_budget` tokens, groups together.
+
+    `hold`: a group that is larger than that is computed in several passes which read its prompt once, where the model
+    allows it (dropout, which draws anew in each pass, does not); otherwise each of them reads it.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        groups.setdefault(tuple(prompt.tolist()), []).append(row)
+    own = [max(0, len(answer) - 1) for answer in completions]  # the last token is only read
+    large = [
+        (ids, rows)
+        for ids, rows in groups.items()
+        if len(ids) > HELD_FROM and len(rows) > 1 and len(ids) + sum(own[row] for row in rows) > token_budget
+    ]
+    if large and hold:
+        ids, rows = large[0]
+        hold = may_train_held(model, [(*ids, *completions[row].tolist()) for row in rows])
+    packs: list[Pack] = []
+    for ids, rows in large if hold else ():
+        chain: list[list[int]] = [[]]
+        used = len(ids)  # the pass that reads the prompt is planned first
+        for row in rows:
+            if chain[-1] and used + own[row] > token_budget:
+                chain.append([])
+                used = 1  # the prompt's last token, whose hidden state each pass wants
+            chain[-1].append(row)
+            used += own[row]
+        if len(chain) > 1:
+            prompt = prompts[rows[0]]
+            packs += [*(Pack(some, prompt) for some in chain[1:]), Pack(chain[0], prompt, last=True)]
+            del groups[ids]
+    rest = [row for rows in groups.values() for row in rows]
+    if rest:
+        whole = plan_rows(model, [prompts[row] for row in rest], [completions[row] for row in rest], token_budget)
+        packs += [Pack([rest[i] for i in some]) for some in whole]
+    return packs
 
 
 def rows_of(inputs: dict[str, Any], rows: list[int]) -> dict[str, Any]:
@@ -47,15 +104,28 @@ def share_of_batch(loss_type: str, *, rows: float, tokens: float) -> float:
     return tokens if loss_type == "bnpo" else rows
 
 
-def as_many_as_others(packs: list[list[int]], accelerator: Any) -> list[list[int]]:
-    """As many packs in every process, the largest halved where there are fewer: sharded weights are waited for in each
-    pass."""
+def with_prompts(
+    packs: Sequence[Pack], read: Callable[[Tensor], HeldPrefix]
+) -> Iterator[tuple[Pack, HeldPrefix | None]]:
+    """The packs, and what several of them share: read before the first of them, let go after the last."""
+    held: HeldPrefix | None = None
+    for pack in packs:
+        if pack.prompt is not None and held is None:
+            held = read(pack.prompt)
+        yield pack, held
+        if pack.last:
+            held = None
+
+
+def as_many_as_others(packs: list[Pack], accelerator: Any) -> list[Pack]:
+    """As many packs in every process, the largest halved where there are fewer: their metrics are put together."""
     packs = list(packs)
     most = int(accelerator.gather(torch.tensor([len(packs)], device=accelerator.device)).max())
     while len(packs) < most:
-        largest = max(packs, key=len)
-        packs.remove(largest)
-        packs += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
+        at = max(range(len(packs)), key=lambda i: len(packs[i].rows))
+        largest, middle = packs[at], len(packs[at].rows) // 2
+        halves = replace(largest, rows=largest.rows[:middle], last=False), replace(largest, rows=largest.rows[middle:])
+        packs[at : at + 1] = halves
     return packs
 
 

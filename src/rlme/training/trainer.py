@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,25 @@ from rlme.checkpoints import KeepsRollouts
 from rlme.errors import InputError
 from rlme.evaluators.self_evaluator import unwrapped
 from rlme.forward import length_kind
-from rlme.key_values import KeyValues
+from rlme.key_values import HeldPrefix, KeyValues
 from rlme.load_balance import RouterLogits, prepare_mixture
 from rlme.memory import keep_freed_memory, prefer_huge_pages
 from rlme.models import slow_bfloat16
 from rlme.reward import MetaReward, Row
 from rlme.sampling import Sampled, length_to_stop, sample
-from rlme.scoring import completion_logps, plan_rows
+from rlme.scoring import completion_logps, read_prompt
 from rlme.training.order import PromptOrder
-from rlme.training.packs import apart, as_many_as_others, dealt_in_groups, merge_metrics, rows_of, share_of_batch
+from rlme.training.packs import (
+    Pack,
+    apart,
+    as_many_as_others,
+    dealt_in_groups,
+    merge_metrics,
+    plan,
+    rows_of,
+    share_of_batch,
+    with_prompts,
+)
 from rlme.tree_attention import check_adapter
 
 
@@ -92,6 +103,8 @@ class RLMETrainer(KeepsRollouts, GRPOTrainer):
         self._buffered_inputs: Any
         self._sampled_logps: list[list[float]] | None = None
         self._routers: RouterLogits | None = None
+        self._held: HeldPrefix | None = None  # the prompt of a pass that is one of several of its group
+        self._gives_back = False  # it is the last of them
         self._drawn, self._draws = ("", -1), 0  # what was sampled for last, and how often before
         super().__init__(model, reward_funcs=[reward], **trl_arguments)
         if self.args.torch_compile and share_prefixes:
@@ -352,6 +365,8 @@ class RLMETrainer(KeepsRollouts, GRPOTrainer):
                 token_budget=None if torch.is_grad_enabled() else self.pass_budget,
                 routers=self._routers,
                 float32_head=self.args.cast_lm_head_to_fp32,
+                held=self._held if torch.is_grad_enabled() else None,
+                gives_back=self._gives_back,
             )
         rest = (0, logits_to_keep - logps.shape[1])  # TRL's columns: the longest completion of the whole batch
         return pad(logps, rest), pad(entropies, rest) if entropies is not None else None, None
@@ -367,20 +382,20 @@ class RLMETrainer(KeepsRollouts, GRPOTrainer):
             packs = self._packs(model, inputs)
             total = torch.zeros((), device=self.accelerator.device)
             counted = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-            tokens = [int(counted[rows].sum()) for rows in packs]
-            batch_rows, batch_tokens = sum(map(len, packs)), max(1, sum(tokens))
+            tokens, sizes = [int(counted[pack.rows].sum()) for pack in packs], [len(pack.rows) for pack in packs]
+            batch_rows, batch_tokens = sum(sizes), max(1, sum(tokens))
             first = {key: len(values) for key, values in self._metrics["train"].items()}
             several = len(packs) > 1 and self.accelerator.num_processes > 1
-            for i, rows in enumerate(packs):
-                last = i == len(packs) - 1
+            for i, (pack, held) in enumerate(with_prompts(packs, partial(self._read_prompt, model))):
+                self._held, self._gives_back = held, pack.last
                 with (
-                    nullcontext() if last else self.accelerator.no_sync(model),
+                    nullcontext() if i == len(packs) - 1 else self.accelerator.no_sync(model),
                     apart(self.accelerator) if several else nullcontext(),
                 ):
-                    pack = inputs if len(packs) == 1 else rows_of(inputs, rows)
-                    shares = {"rows": len(rows) / batch_rows, "tokens": tokens[i] / batch_tokens}
+                    part = inputs if len(packs) == 1 else rows_of(inputs, pack.rows)
+                    shares = {"rows": sizes[i] / batch_rows, "tokens": tokens[i] / batch_tokens}
                     with self.compute_loss_context_manager():
-                        loss = self.compute_loss(model, pack) * share_of_batch(self.loss_type, **shares)
+                        loss = self.compute_loss(model, part) * share_of_batch(self.loss_type, **shares)
                         loss = loss + self._balance_loss() * shares["tokens"]
                     extra: dict[str, Any] = {"scale_wrt_gas": False} if self._deepspeed else {}
                     if self.args.optim in ("lomo", "adalomo"):  # which update in the backward pass
@@ -388,6 +403,7 @@ class RLMETrainer(KeepsRollouts, GRPOTrainer):
                     self.accelerator.backward(loss, **extra)
                 total += loss.detach()
                 del loss  # and the weights that its graph has cast, before the next pass
+            self._held = held = None
             every = self.args.torch_empty_cache_steps
             if every is not None and self.state.global_step % every == 0:
                 clear_device_cache()
@@ -396,7 +412,7 @@ class RLMETrainer(KeepsRollouts, GRPOTrainer):
                     self._metrics["train"],
                     first,
                     tokens=tokens,
-                    rows=list(map(len, packs)),
+                    rows=sizes,
                     by_row=self.importance_sampling_level == "sequence",
                     accelerator=self.accelerator,
                 )
@@ -440,18 +456,24 @@ class RLMETrainer(KeepsRollouts, GRPOTrainer):
         """Tokens of a pass without gradient; None where processes have to take as many passes."""
         return None if self._sharded else self.token_budget
 
-    def _packs(self, model: Any, inputs: Any) -> list[list[int]]:
+    def _packs(self, model: Any, inputs: Any) -> list[Pack]:
         """Rows of each forward-backward pass. One pass where the batch cannot be split exactly: DeepSpeed counts
         backward passes itself, TRL's entropy bonus is a mean over a pass, its choice of uncertain tokens one in it."""
         n = len(inputs["completion_ids"])
         entropies = self._entropy_bonus_enabled or self.top_entropy_quantile < 1
         if self._deepspeed or entropies or not self.share_prefixes:
-            return [list(range(n))]
+            return [Pack(list(range(n)))]
         prompts = [ids[m.bool()] for ids, m in zip(inputs["prompt_ids"], inputs["prompt_mask"], strict=True)]
         answers = [ids[m.bool()] for ids, m in zip(inputs["completion_ids"], inputs["completion_mask"], strict=True)]
+        # Sharded weights are waited for in each forward pass, and routers are heard where the prompt is read.
+        hold = not self._sharded and not self._balance
         with self.accelerator.autocast():
-            packs = plan_rows(model, prompts, answers, self.token_budget)
+            packs = plan(model, prompts, answers, self.token_budget, hold=hold)
         return as_many_as_others(packs, self.accelerator) if self.accelerator.num_processes > 1 else packs
+
+    def _read_prompt(self, model: Any, prompt: torch.Tensor) -> HeldPrefix:
+        with self.accelerator.autocast():
+            return read_prompt(model, prompt)
 
     # -- bookkeeping ------------------------------------------------------------------------------------------------
 
