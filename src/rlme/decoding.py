@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlme.key_values import KeyValues
+from rlme.prefill import read_prompts
 from rlme.prompt_groups import (
     CHECK_TOKENS,
     RoomyLayer,
@@ -50,14 +51,17 @@ class CachedRows:
         # State-space models (Mamba): their states hold what a mask would say again at each step.
         self.states = "cache_params" in inspect.signature(model.forward).parameters
         self.read = {"cache_params" if self.states else "past_key_values": self.cache, "use_cache": True}
-        logits = model(
-            input_ids=left_padded(unique, device),
-            attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-            **self.read,
-            # An index instead of a slice: a head on a slice multiplies a copy of its weights for each row.
-            logits_to_keep=torch.tensor([self.longest - 1], device=device),
-        ).logits[:, -1]
+        if ours:
+            logits = read_prompts(model, unique, self.cache)
+        else:
+            logits = model(
+                input_ids=left_padded(unique, device),
+                attention_mask=mask,
+                position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+                **self.read,
+                # An index instead of a slice: a head on a slice multiplies a copy of its weights for each row.
+                logits_to_keep=torch.tensor([self.longest - 1], device=device),
+            ).logits[:, -1]
         self.ours = prompt_rows(self.cache, mask, copies) if ours else None
         if self.ours is None:
             self.cache.reorder_cache(cast(torch.LongTensor, copies))

@@ -112,6 +112,17 @@ def forward_passes(
     sequence i, hidden states are wanted from token `read_from[i]` on."""
     lengths = [len(p) for p in places] if known is not None else None
     packs = plan_passes(sequences, token_budget, share=share, known=lengths, kind=length_kind(model), hold=hold)
+    for pack, held, where, keep in in_turn(sequences, packs, read_from, hold=hold):
+        where = [places[n] for n in pack] if known else where
+        some = [sequences[n] for n in pack]
+        yield pack, forward_pass(model, some, head, share=share, known=known or held, places=where, keep=keep)
+
+
+def in_turn(
+    sequences: Sequence[Sequence[int]], packs: Sequence[list[int]], read_from: Sequence[int], *, hold: bool
+) -> Iterator[tuple[list[int], HeldPrefix | None, list[Ints], HeldPrefix | None]]:
+    """Each pack with what the pass before it holds, where in that the first tokens of its sequences are, and what it is
+    to keep for the next (nothing without `hold`)."""
     held: HeldPrefix | None = None
     for pack, following in zip_longest(packs, packs[1:]):
         keep = None
@@ -119,9 +130,7 @@ def forward_passes(
             last = sequences[pack[-1]]
             shared = shared_length(last, sequences[following[0]])
             keep = HeldPrefix(last[:shared]) if shared >= HELD_FROM else None
-        where = [held.places(sequences[n], read_from[n]) if held else places[n] for n in pack] if held or known else []
-        some = [sequences[n] for n in pack]
-        yield pack, forward_pass(model, some, head, share=share, known=held or known, places=where, keep=keep)
+        yield pack, held, [held.places(sequences[n], read_from[n]) for n in pack] if held else [], keep
         held = keep
 
 

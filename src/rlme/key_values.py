@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import cast
 
 import numpy as np
 import torch
@@ -113,15 +114,17 @@ class HeldPrefix:
         self.tokens = len(self.text)
         self.positions: Ints = np.arange(self.tokens)
         self.gradient = gradient
+        self.where: Tensor | None = None
+        """Where in the pass that reads them they are, [N]."""
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def places(self, sequence: Sequence[int], stop: int) -> Ints:
         """Where the first tokens of a sequence are held, of those before `stop`."""
         return self.positions[: min(shared_length(self.text, sequence), stop)]
 
-    def keep(self, number: int, keys: Tensor, values: Tensor, where: Tensor) -> None:
-        """Take those of layer n out of a pass's, [1, K, S, d]; `where`[N] in it they are."""
-        kept = (x[0].index_select(1, where).transpose(0, 1).detach() for x in (keys, values))
+    def keep(self, number: int, keys: Tensor, values: Tensor) -> None:
+        """Take those of layer n out of a pass's, [1, K, S, d]."""
+        kept = (x[0].index_select(1, cast(Tensor, self.where)).transpose(0, 1).detach() for x in (keys, values))
         # What several passes add up is added in float32.
         k, v = (x.float().requires_grad_() if self.gradient else x for x in kept)
         self._layers[number] = k, v

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from rlme.prefill import read_prompts
 from rlme.tree_attention import (
     PASS_ERRORS,
     attention_of,
@@ -59,6 +60,17 @@ class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.keys, self.values = (room[:, :, :stop] for room in self.room)
         self.is_initialized = True
         return self.keys, self.values
+
+    def write(self, shape: tuple[int, int], rows: Tensor, columns: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Put `keys`, `values`[N, K, d] at these rows and columns of P rows of L tokens, in a layer that is empty but
+        for what was put there before. Other places are 0."""
+        if self.room is None:
+            count, length = shape
+            self.lazy_initialization(keys, values)
+            self.room = tuple(x.new_zeros((count, x.shape[1], length + GROWTH, x.shape[2])) for x in (keys, values))  # type: ignore[assignment]
+            self.keys, self.values = (room[:, :, :length] for room in cast(tuple[Tensor, Tensor], self.room))
+        for room, new in zip(cast(tuple[Tensor, Tensor], self.room), (keys, values), strict=True):
+            room[rows, :, columns] = new
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep (or repeat) these rows; they move out of the room."""
@@ -263,26 +275,28 @@ def may_attend(model: PreTrainedModel, prompt: Sequence[int]) -> bool:
 
 
 def _disagreement(model: PreTrainedModel, prompt: list[int]) -> str | None:
-    """Compare the log-probabilities after two different tokens behind one prompt, read at once and as rows of ours."""
+    """Compare what may follow a prompt, its first part, and one token more of either with the model's own numbers."""
     device = device_of(model)
+    prompts = [prompt, prompt[: max(1, len(prompt) * 2 // 3)]]
     ends = torch.tensor([[prompt[0]], [prompt[-1]]], device=device)
-    ids = torch.tensor([prompt], device=device)
-    plain = model(input_ids=torch.cat([ids.expand(2, -1), ends], 1), use_cache=False).logits[:, -1]
+    whole = (torch.tensor([[*text, int(end)]], device=device) for text, end in zip(prompts, ends, strict=True))
+    plain = torch.cat([model(input_ids=ids, use_cache=False).logits[0, -2:] for ids in whole])
+    mask = torch.tensor([[0] * (len(prompt) - len(text)) + [1] * len(text) for text in prompts], device=device)
     for kind in (PromptCopies, PromptGroups):
         cache = roomy_cache(model)
         try:
-            model(input_ids=ids, past_key_values=cache, use_cache=True)
-            rows = kind(cache, torch.ones_like(ids), torch.zeros(2, dtype=torch.long, device=device))
-            logits = model(
+            before = read_prompts(model, prompts, cache)
+            rows = kind(cache, mask, torch.tensor([0, 1], device=device))
+            after = model(
                 input_ids=ends,
-                position_ids=torch.full_like(ends, len(prompt)),
+                position_ids=mask.sum(1, keepdim=True),
                 past_key_values=cache,
                 use_cache=True,
                 **step_inputs(rows),
             ).logits[:, -1]
         except PASS_ERRORS as error:
             return f"the pass with our attention failed: {error}"
-        different = difference_of_draws(model, plain, logits)
+        different = difference_of_draws(model, plain, torch.stack([before, after], 1).flatten(0, 1))
         if different is not None:
             return different
     return None

@@ -85,6 +85,12 @@ class TileBatch:
         return mask
 
 
+class Keeper(Protocol):
+    """Takes keys and values of a pass, [1, K, S, d] of layer n, those of what is known before it included."""
+
+    def keep(self, number: int, keys: Tensor, values: Tensor) -> None: ...
+
+
 class TreeLayout:
     """What attention needs to know of a row: batches of tiles, and where in them each token's output lies."""
 
@@ -92,7 +98,7 @@ class TreeLayout:
         self, tiles: Sequence[Tile], positions: Ints, device: torch.device, known: KeyValues | HeldPrefix | None = None
     ) -> None:
         self.known = known
-        self.keep: tuple[HeldPrefix, Tensor] | None = None  # what later passes go on from, and where it is
+        self.keepers: list[Keeper] = []  # who wants the keys and values of this pass
         self.gives_back: HeldPrefix | None = None  # what earlier passes went on from; the row begins with it
         held = 0 if known is None else known.tokens
         batches = batch_tiles(tiles, 0 if device.type == "cpu" else SPARE_SCORES)
@@ -110,9 +116,9 @@ class TreeInputs:
     """Token sequences ready for one forward pass: `model(**inputs.kwargs)` computes one row of S tokens.
 
     `known`: keys and values that need no computing; `places[i]` says where those of the first tokens of sequence i
-    lie in it. `paths[i][t]` is negative for them: the pass has no hidden state of theirs. `keep`: the first tokens of
-    the last sequence, to be held for other passes. `gives_back`: the first tokens of all sequences, which other passes
-    were spared.
+    lie in it. `paths[i][t]` is negative for them: the pass has no hidden state of theirs; `places[i][t]` counts them.
+    `keep`: the first tokens of the last sequence, to be held for other passes. `gives_back`: the first tokens of all
+    sequences, which other passes were spared.
     """
 
     def __init__(
@@ -130,19 +136,21 @@ class TreeInputs:
         if known is not None:
             row = without_known(row, places, known.tokens)
             positions = np.concatenate([known.positions, row.positions])
+        self.places = row.paths
         self.paths = [path - (known.tokens if known else 0) for path in row.paths]
         self.tokens = len(row.tokens)
-        layout = TreeLayout(plan_tiles(row.runs), positions, device, known)
-        layout.gives_back = gives_back
+        self.layout = TreeLayout(plan_tiles(row.runs), positions, device, known)
+        self.layout.gives_back = gives_back
         if keep is not None:
-            layout.keep = keep, torch.from_numpy(row.paths[-1][: keep.tokens]).to(device)
+            keep.where = torch.from_numpy(row.paths[-1][: keep.tokens]).to(device)
+            self.layout.keepers.append(keep)
         self.kwargs: dict[str, Any] = {
             "input_ids": torch.from_numpy(row.tokens).to(device)[None],
             "position_ids": torch.from_numpy(row.positions).to(device)[None],
             # Transformers passes a 4D mask through as it is instead of building its own; the layout replaces
             # it.
             "attention_mask": torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device),
-            "tree_layout": layout,
+            "tree_layout": self.layout,
             "use_cache": False,
         }
 
@@ -170,9 +178,8 @@ def tree_attention(
             torch.cat([held.to(new.dtype).transpose(0, 1)[None], new], dim=2)
             for held, new in zip(layout.known.layer(cast(int, module.layer_idx)), (key, value), strict=True)
         )
-    if layout.keep is not None:
-        prefix, where = layout.keep
-        prefix.keep(cast(int, module.layer_idx), key, value, where)
+    for keeper in layout.keepers:
+        keeper.keep(cast(int, module.layer_idx), key, value)
     # Rotary embeddings leave queries and keys in float32; under autocast attention computes in its dtype anyway.
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     query, key, value = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # [S, heads, d]
