@@ -18,6 +18,7 @@ import resource
 import tempfile
 import time
 from collections import Counter
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -261,6 +262,8 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
     stages = Stages(clock, options.profile)
     with tempfile.TemporaryDirectory() as folder:
         workload, steps = WORKLOADS[options.workload], options.steps + UNCOUNTED
+        if options.token_budget:
+            workload = replace(workload, token_budget=options.token_budget)
         trainer = build(side, workload, options.model, folder, steps, stages)
         trainer.train()
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -286,6 +289,7 @@ def main() -> None:
     parser.add_argument("--workload", choices=sorted(WORKLOADS), required=True)
     parser.add_argument("--model", default="builtin:smollm2-135m")
     parser.add_argument("--steps", type=int, default=2, help=f"measured steps; {UNCOUNTED} more run before them")
+    parser.add_argument("--token-budget", type=int, help="of our training passes on a CPU, instead of the workload's")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--profile", choices=STAGES, help="report where this stage's time goes; slows it down")

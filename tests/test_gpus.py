@@ -29,6 +29,11 @@ SELVES = ["live", {"model": "frozen", "dtype": "float32"}]
 RUNS: dict[str, dict[str, Any]] = {
     "full": {"evaluators": SELVES},
     "what sampling read is not read again": {"judging": {"template": "paper", "readout": "marker"}},
+    "prompts are held from pass to pass": {
+        "data": {"prompt": "Add the numbers, say which of them is the larger one, and why that is so. {{ question }}"},
+        "evaluators": SELVES,
+        "train": {**TRAIN, "token_budget": 64},
+    },
     "lora": {"evaluators": ["live", "frozen"], "lora": {"r": 2}},
     "by default": {"evaluators": ["live", "frozen"], "train": {"precision": "auto", "top_p": 0.9, "steps": 1}},
 }

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DiffLlamaConfig
 
 from rlme.cli import main
 from rlme.key_values import HELD_FROM, HeldPrefix
@@ -192,6 +192,19 @@ def test_a_model_that_it_is_wrong_for_reads_the_prompt_in_each_pass(
         with pytest.warns(UserWarning, match="what several passes share is read in each of them"):
             found, _ = continuation_logprobs(model, contexts, [[[5]]] * 8, token_budget=100)
         torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), atol=1e-4, rtol=0)
+
+
+def test_a_model_that_attends_twice_in_a_layer_reads_the_prompt_in_each_pass() -> None:
+    """DiffLlama does, with other values each time: what is held are the second's."""
+    sizes = {"vocab_size": 301, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(DiffLlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    with pytest.warns(UserWarning, match="what several passes share is read in each of them"):
+        found = in_packs(model)
+    assert_equal(found, in_one_pass(model))
 
 
 # -- judging --

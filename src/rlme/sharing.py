@@ -145,9 +145,10 @@ def _held_values_differ(model: nn.Module, sample: Sequence[Sequence[int]]) -> st
     inner = causal_lm(model)
     head = LMHead(inner)
     held = HeldPrefix(first[: shared_length(first, second)])
-    whole = forward_pass(model, [second], head, share=True)
-    forward_pass(model, [first], head, share=True, keep=held)
-    ours = forward_pass(model, [second], head, share=True, known=held, places=[held.positions])
+    with evaluating(model):
+        whole = forward_pass(model, [second], head, share=True)
+        forward_pass(model, [first], head, share=True, keep=held)
+        ours = forward_pass(model, [second], head, share=True, known=held, places=[held.positions])
     # Any tokens serve for the comparison: those after the prefix.
     rows, targets = torch.arange(len(second) - held.tokens), torch.tensor(second[held.tokens :])
     expected, found = (
