@@ -11,6 +11,7 @@ import pytest
 from rlme.errors import RunStopped
 from rlme.evaluators import endpoint_client
 from rlme.evaluators.endpoint import EndpointEvaluator
+from rlme.evaluators.endpoint_client import EndpointClient
 from rlme.evaluators.endpoint_config import EndpointConfig
 from rlme.judgement import Answer, Failure, Request
 from tests import fake_endpoint as fake
@@ -136,6 +137,34 @@ def test_an_outage_is_waited_out(server: Any) -> None:
         proxy.faults.clear()
         answers = future.result(timeout=20)
         assert all(right(r, a) for r, a in zip(requests, answers, strict=True))
+        judge.close()
+
+
+def test_an_outage_that_ends_before_the_health_check_is_no_fault_of_the_request(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comes_back = True
+
+    async def healthy(self: Any) -> bool:
+        if comes_back:
+            proxy.faults.clear()
+        return True
+
+    monkeypatch.setattr(EndpointClient, "_healthy", healthy)
+    with fake.faulty_proxy(server.url) as proxy:
+        judge = evaluator(proxy.url, retries=1, outage=30, concurrency=4)
+        assert judge.logprobs(questions(1))[0].failure is None
+        proxy.rate, proxy.faults[:] = 1.0, ["error_500"]
+        requests = questions(12)
+        answers = judge.logprobs(requests)
+        assert [a.failure for a in answers] == [None] * len(answers), [a.detail for a in answers]
+        assert all(right(r, a) for r, a in zip(requests, answers, strict=True))
+        # Where the server was well all along, that is one attempt more.
+        comes_back = False
+        before = judge.account.failures[Failure.SERVER_ERROR]
+        proxy.faults[:] = ["error_500"]
+        assert judge.logprobs(questions(1))[0].failure is Failure.SERVER_ERROR
+        assert judge.account.failures[Failure.SERVER_ERROR] - before == 3
         judge.close()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import json
+import math
 import os
 import random
 import re
@@ -58,6 +59,7 @@ class EndpointClient:
         self._gate = Gate()
         self._notice = Notice(config.base_url)
         self._outage = Outage(self._healthy, config.outage, gate=self._gate, notice=self._notice)
+        self._answered = -math.inf  # when the model last did
 
     async def close(self) -> None:
         """Close the connections."""
@@ -79,9 +81,14 @@ class EndpointClient:
         cost cap.
         """
         failed, limited, limited_since = 0, 0, 0.0
+        began, doubted = time.monotonic(), False
         while True:
+            answered_others = self._answered > began
             try:
-                return await self._attempt(path, body, read, tokens_in, tokens_out)
+                reply = await self._attempt(path, body, read, tokens_in, tokens_out)
+                if tokens_in + tokens_out:  # tokenising may work while the model does not
+                    self._answered = time.monotonic()
+                return reply
             except CallFailed as failure:
                 self.account.failures[failure.kind] += 1
                 if not failure.passing:
@@ -96,8 +103,15 @@ class EndpointClient:
                     spent = failed > self.config.retries
                 if spent:
                     # Before the probe is through there is no way to tell an outage from a wrong address.
-                    if self.health_body is None or not await self._outage.over():
+                    if self.health_body is None:
                         raise
+                    if not await self._outage.over():
+                        # It may have come back this moment: unless it answered others before, one attempt more.
+                        if doubted or answered_others or not self.config.retries:
+                            raise
+                        doubted = True
+                        self.account.retries += 1
+                        continue
                     failed = limited = 0
                 self.account.retries += 1
                 await self._pause(limited if failure.kind is Failure.RATE_LIMITED else failed, failure)
