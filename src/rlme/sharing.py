@@ -6,7 +6,8 @@ Where they differ, that way is off for the model from then on, with a warning th
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -70,25 +71,8 @@ def may_reuse(model: nn.Module, sequence: Sequence[int], known: KeyValues, place
     """Whether held keys and values give what a whole pass gives: compared once for each model, on one sequence."""
     inner = causal_lm(model)
     if inner not in _reusing:
-        head = LMHead(inner)
-        logps = []
-        try:
-            for held, where in ((None, places[:0]), (known, places)):
-                forward = forward_pass(model, [sequence], head, share=True, known=held, places=[where])
-                hidden = forward.hidden[forward.paths[0][len(places)] :]
-                # Any tokens serve for the comparison: those of the sequence's end.
-                rows = torch.arange(len(hidden))
-                logps.append(head.read(hidden, rows, torch.tensor(sequence[len(places) :])))
-            reason = difference(inner, *logps)
-        except PASS_ERRORS as error:  # a cache of something else than keys and values, as in latent attention
-            reason = f"the pass with them failed: {error}"
-        _reusing[inner] = reason is None
-        if reason is not None:
-            warnings.warn(
-                f"{type(inner).__name__}: keys and values from sampling are not reused for judging (correct, but "
-                f"slower): {reason}",
-                stacklevel=3,
-            )
+        off = "keys and values from sampling are not reused for judging"
+        _reusing[inner] = _agrees(inner, off, partial(_known_differ, model, sequence, known, places))
     return _reusing[inner]
 
 
@@ -126,35 +110,41 @@ def _holds(model: nn.Module, sequences: Sequence[Sequence[int]], *, gradient: bo
     known = _holding.setdefault(inner, {})
     key = gradient, attention_of(inner)
     if key not in known:
-        try:
-            reason = (_held_gradient_differs if gradient else _held_values_differ)(model, _sample(sequences))
-        except PASS_ERRORS as error:
-            reason = f"the pass with it failed: {error}"
-        known[key] = reason is None
-        if reason is not None:
-            warnings.warn(
-                f"{type(inner).__name__}: what several passes share is read in each of them (correct, but slower): "
-                f"{reason}",
-                stacklevel=4,
-            )
+        differ = _held_gradient_differs if gradient else _held_values_differ
+        off = "what several passes share is read in each of them"
+        known[key] = _agrees(inner, off, partial(differ, model, _sample(sequences)))
     return known[key]
+
+
+def _agrees(inner: PreTrainedModel, off: str, differ: Callable[[], str | None]) -> bool:
+    """Whether a pass with held keys and values is one without; a warning says what is `off` where it is not."""
+    try:
+        reason = differ()
+    except PASS_ERRORS as error:  # a cache of something else than keys and values, as in latent attention
+        reason = f"the pass with them failed: {error}"
+    if reason is not None:
+        warnings.warn(f"{type(inner).__name__}: {off} (correct, but slower): {reason}", stacklevel=5)
+    return reason is None
+
+
+def _known_differ(model: nn.Module, sequence: Sequence[int], known: KeyValues | HeldPrefix, places: Ints) -> str | None:
+    inner = causal_lm(model)
+    head = LMHead(inner)
+    logps = []
+    for held, where in ((None, places[:0]), (known, places)):
+        forward = forward_pass(model, [sequence], head, share=True, known=held, places=[where])
+        hidden = forward.hidden[forward.paths[0][len(places) :]]
+        # Any tokens serve for the comparison: those of the sequence's end.
+        logps.append(head.read(hidden, torch.arange(len(hidden)), torch.tensor(sequence[len(places) :])))
+    return difference(inner, *logps)
 
 
 def _held_values_differ(model: nn.Module, sample: Sequence[Sequence[int]]) -> str | None:
     first, second = sample
-    inner = causal_lm(model)
-    head = LMHead(inner)
     held = HeldPrefix(first[: shared_length(first, second)])
     with evaluating(model):
-        whole = forward_pass(model, [second], head, share=True)
-        forward_pass(model, [first], head, share=True, keep=held)
-        ours = forward_pass(model, [second], head, share=True, known=held, places=[held.positions])
-    # Any tokens serve for the comparison: those after the prefix.
-    rows, targets = torch.arange(len(second) - held.tokens), torch.tensor(second[held.tokens :])
-    expected, found = (
-        head.read(one.hidden[torch.from_numpy(one.paths[0][held.tokens :])], rows, targets) for one in (whole, ours)
-    )
-    return difference(inner, expected, found)
+        forward_pass(model, [first], LMHead(causal_lm(model)), share=True, keep=held)
+        return _known_differ(model, second, held, held.positions)
 
 
 def _held_gradient_differs(model: nn.Module, sample: Sequence[Sequence[int]]) -> str | None:
