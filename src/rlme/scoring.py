@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rlme.forward import forward_pass, forward_passes, head_of, length_kind, plan_passes
+from rlme.gated_mlp import recomputed_gates
 from rlme.key_values import HeldPrefix, KeyValues
 from rlme.lm_head import LMHead, WholeLogits
 from rlme.load_balance import RouterLogits
@@ -160,15 +161,16 @@ def completion_logps(
     filled: list[tuple[Tensor, Tensor | None]] = []
     where: list[Tensor] = []
     longest = max(map(len, completions), default=0)
-    if held is not None:
-        given: dict[str, Any] = {"known": held, "places": [held.positions] * len(sequences)}
-        given = {"gives_back": held} if gives_back else given
-        passes = iter([(list(range(len(sequences))), forward_pass(model, sequences, head, share=True, **given))])
-    else:
-        hold = share and routers is None and may_hold(model, sequences, token_budget)
-        read_from = [len(prompt) - 1 for prompt in prompts]
-        passes = forward_passes(model, sequences, head, token_budget, share=share, read_from=read_from, hold=hold)
-    with routers.listening(model) if routers else nullcontext():
+    sparing = recomputed_gates(model) if share and torch.is_grad_enabled() else nullcontext()
+    with sparing, routers.listening(model) if routers else nullcontext():
+        if held is not None:
+            given: dict[str, Any] = {"known": held, "places": [held.positions] * len(sequences)}
+            given = {"gives_back": held} if gives_back else given
+            passes = iter([(list(range(len(sequences))), forward_pass(model, sequences, head, share=True, **given))])
+        else:
+            hold = share and routers is None and may_hold(model, sequences, token_budget)
+            read_from = [len(prompt) - 1 for prompt in prompts]
+            passes = forward_passes(model, sequences, head, token_budget, share=share, read_from=read_from, hold=hold)
         for pack, forward in passes:
             if routers:
                 routers.count(forward.paths, len(forward.hidden))
