@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, DiffLlamaConfig
 from rlme.cli import main
 from rlme.key_values import HELD_FROM, HeldPrefix
 from rlme.prefix_tree import build_row, plan_packs
-from rlme.scoring import completion_logps, continuation_logprobs, read_prompt
-from rlme.training.packs import plan, with_prompts
+from rlme.scoring import completion_logps, continuation_logprobs, read_prefix
+from rlme.training.packs import _alike, _cut, plan, with_prefixes
 from tests.tiny_runs import write_config, write_jsonl
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")  # the last with sliding windows shorter than these prompts
@@ -50,14 +50,14 @@ def weights_of_loss(rows: list[int]) -> torch.Tensor:
     return torch.linspace(-1, 1, len(ANSWERS) * longest).view(len(ANSWERS), -1)[rows]
 
 
-def in_one_pass(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def in_one_pass(model: Any, prompts: Any = PROMPTS) -> tuple[torch.Tensor, torch.Tensor]:
     model.zero_grad()
-    logps, _ = completion_logps(model, PROMPTS, ANSWERS)
+    logps, _ = completion_logps(model, prompts, ANSWERS)
     (weights_of_loss(list(range(len(ANSWERS)))) * logps).sum().backward()
     return logps.detach(), gradient_of(model)
 
 
-def in_packs(model: Any, budget: int = BUDGET) -> tuple[torch.Tensor, torch.Tensor, int]:
+def in_packs(model: Any, budget: int = BUDGET, prompts: Any = PROMPTS) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Also: how many tokens were computed with gradient."""
     model.zero_grad()
     whole = torch.zeros(len(ANSWERS), max(map(len, ANSWERS)))
@@ -68,13 +68,13 @@ def in_packs(model: Any, budget: int = BUDGET) -> tuple[torch.Tensor, torch.Tens
         computed += args[0].numel() if torch.is_grad_enabled() else 0
 
     hook = model.get_input_embeddings().register_forward_pre_hook(count)
-    packs = plan(model, PROMPTS, ANSWERS, budget, hold=True)
+    packs = plan(model, prompts, ANSWERS, budget, hold=True)
     computed = 0  # the comparison's
     assert sorted(row for pack in packs for row in pack.rows) == list(range(len(ANSWERS)))
-    for pack, held in with_prompts(packs, lambda prompt: read_prompt(model, prompt)):
+    for pack, held in with_prefixes(packs, lambda prompt: read_prefix(model, prompt)):
         logps, _ = completion_logps(
             model,
-            [PROMPTS[row] for row in pack.rows],
+            [prompts[row] for row in pack.rows],
             [ANSWERS[row] for row in pack.rows],
             held=held,
             gives_back=pack.last,
@@ -107,7 +107,73 @@ def test_the_prompt_is_computed_with_gradient_once(tiny_model_dirs: Any) -> None
     # What two prompts have in common, the last token of a prompt in another pass, short prompts, equal answers.
     assert few <= once + 50 + 4 + 2 * len(SHORT) + 20
     assert len(plan(model, PROMPTS, ANSWERS, 100, hold=True)) > 4
-    assert all(pack.prompt is None for pack in plan(model, PROMPTS, ANSWERS, 100, hold=False))
+    assert all(pack.prefix is None for pack in plan(model, PROMPTS, ANSWERS, 100, hold=False))
+
+
+def behind_examples(own: tuple[int, ...]) -> list[torch.Tensor]:
+    """Prompts of four groups that begin with the same 70 tokens and go on with these numbers of their own."""
+    prompts = [torch.tensor([*LONG, *tokens(n, 200 + i)]) for i, n in enumerate(own)]
+    return [prompts[g] for g, (_, lengths) in enumerate(GROUPS) for _ in lengths]
+
+
+@pytest.mark.parametrize("own", [(6, 9, 1, 12), (0, 1, 5, 5)], ids=["each its own", "one is the others' beginning"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_groups_behind_the_same_examples_read_them_once(name: str, own: tuple[int, ...], tiny_model_dirs: Any) -> None:
+    """Groups larger than a pass and smaller ones; a beginning that is longer than a pass as well."""
+    model = load(tiny_model_dirs[name])
+    prompts = behind_examples(own)
+    expected = in_one_pass(model, prompts)
+    for budget in (50, 110, 140):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            packs = plan(model, prompts, ANSWERS, budget, hold=True)
+            found = in_packs(model, budget, prompts)
+        assert_equal(found, expected)
+        assert [pack.last for pack in packs] == [False] * (len(packs) - 1) + [True]
+        assert all(pack.prefix is not None for pack in packs)
+        beginning = len(LONG) - (min(own) == 0)  # a prompt's last token is in each pass that has an answer to it
+        once = beginning
+        for pack in packs:
+            rows = [[*prompts[row].tolist(), *ANSWERS[row].tolist()[:-1]] for row in pack.rows]
+            once += len(build_row(rows).tokens) - beginning
+        assert found[2] == once
+
+
+def test_a_large_group_goes_on_from_its_own_prompt_where_most_of_that_is_its_own() -> None:
+    """Not from the short beginning that it has in common with another; small groups go on from that."""
+
+    def held(own: int, answers: int) -> list[int]:
+        prompts = [[*OTHER, *tokens(own, seed)] for seed in (1, 2, 3)]
+        groups = {tuple(prompt): [4 * g + i for i in range(4)] for g, prompt in enumerate(prompts)}
+        return [length for length, _ in _alike(groups, [answers] * 12, 150)]
+
+    assert held(own=60, answers=20) == [104, 104, 104]
+    assert held(own=60, answers=10) == [45]
+    assert held(own=10, answers=40) == [45]
+    assert held(own=1, answers=5) == []
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 60), st.integers(1, 5)), min_size=1, max_size=6),
+    st.integers(0, 40),
+    st.integers(1, 200),
+)
+def test_chains_have_every_row_and_keep_to_the_budget(groups: Any, answers: int, budget: int) -> None:
+    """But for a row that is longer; a group is in one pass where it fits in one and others stand before it."""
+    members: dict[tuple[int, ...], list[int]] = {}
+    rows = 0
+    for i, (n, size) in enumerate(groups):
+        members[(*LONG, *tokens(n, i))] = list(range(rows, rows + size))
+        rows += size
+    own = [(answers * (7 + row) // 9) for row in range(rows)]
+    for length, alike in _alike(members, own, budget):
+        chain = _cut(length, alike, own, budget)
+        assert [row for some in chain for row in some] == [row for _, some in alike for row in some]
+        assert all(chain)
+        for i, some in enumerate(chain):
+            mine = [(ids, row) for ids, group in alike for row in group if row in some]
+            used = sum(own[row] for _, row in mine) + sum(len(ids) - length for ids in {ids for ids, _ in mine})
+            assert used + (length if i == 0 else 0) <= budget or len(some) == 1
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -140,10 +206,10 @@ def test_under_autocast(tiny_model_dirs: Any) -> None:
 
     def read(prompt: torch.Tensor) -> HeldPrefix:
         with torch.autocast("cpu", torch.bfloat16):
-            return read_prompt(model, prompt)
+            return read_prefix(model, prompt)
 
     model.zero_grad()
-    for pack, held in with_prompts(packs, read):
+    for pack, held in with_prefixes(packs, read):
         some = [PROMPTS[row] for row in pack.rows], [ANSWERS[row] for row in pack.rows]
         with torch.autocast("cpu", torch.bfloat16):
             logps, _ = completion_logps(model, *some, held=held, gives_back=pack.last)
@@ -160,7 +226,7 @@ def test_dropout_draws_anew_in_each_pass_so_each_reads_the_prompt(tiny_model_dir
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             packs = plan(model, PROMPTS, ANSWERS, BUDGET, hold=True)
-        assert all(pack.prompt is None for pack in packs)
+        assert all(pack.prefix is None for pack in packs)
 
 
 class Wrong(HeldPrefix):
@@ -185,7 +251,7 @@ def test_a_model_that_it_is_wrong_for_reads_the_prompt_in_each_pass(
     model = load(tiny_model_dirs["llama"])
     with pytest.warns(UserWarning, match="what several passes share is read in each of them"):
         packs = plan(model, PROMPTS, ANSWERS, BUDGET, hold=True)
-    assert all(pack.prompt is None for pack in packs)
+    assert all(pack.prefix is None for pack in packs)
     if kind is Wrong:
         contexts = [[*LONG, *tokens(20, i)] for i in range(8)]
         expected, _ = continuation_logprobs(model, contexts, [[[5]]] * 8)
@@ -265,13 +331,13 @@ def test_a_run_in_packs_of_a_group_is_the_run_in_one_pass(
 ) -> None:
     """The update of the weights, the loss as it is logged and what is sampled next."""
     read: list[int] = []
-    plain = read_prompt
+    plain = read_prefix
 
     def watched(model: Any, prompt: Any) -> HeldPrefix:
         read.append(len(prompt))
         return plain(model, prompt)
 
-    monkeypatch.setattr("rlme.training.trainer.read_prompt", watched)
+    monkeypatch.setattr("rlme.training.trainer.read_prefix", watched)
     question = "Which of these numbers is the largest, and why is it not one of the others? 3, 14, 15, 92, 65, 35, 89"
     results = []
     for name, budget in (("one", 8192), ("several", 130)):

@@ -19,8 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from rlme.tree_attention import causal_lm
-
 LAYERS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -36,8 +34,11 @@ def recomputed_gates(model: nn.Module) -> Iterator[None]:
     so are all under gradient checkpointing, which keeps none of the four.
     """
     changed: list[nn.Module] = []
+    modules = list(model.modules())
+    if any(getattr(module, "gradient_checkpointing", False) for module in modules):
+        modules = []
     try:
-        for module in () if causal_lm(model).is_gradient_checkpointing else model.modules():
+        for module in modules:
             if _is_gated(module):
                 module.forward = partial(_forward, module)
                 changed.append(module)

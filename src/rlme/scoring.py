@@ -147,8 +147,8 @@ def completion_logps(
 
     `routers` takes the router logits of every token, the last ones of the completions included.
 
-    `held` (`read_prompt`): the prompt of all rows, which this pass need not compute; or, with `gives_back`, which it
-    computes for the passes before it as well, after their backward passes.
+    `held` (`read_prefix`): what all rows begin with, not the whole prompt of any, which this pass need not compute; or,
+    with `gives_back`, which it computes for the passes before it as well, after their backward passes.
     """
     prompts = [_as_tuple(ids) for ids in prompt_ids]
     completions = [_as_tuple(ids) for ids in completion_ids]
@@ -213,13 +213,13 @@ def plan_rows(
 
 
 @torch.no_grad()
-def read_prompt(model: nn.Module, prompt: Sequence[int] | Tensor) -> HeldPrefix:
-    """The keys and values of a prompt without its last token, for `completion_logps` of several packs of completions.
+def read_prefix(model: nn.Module, ids: Sequence[int] | Tensor) -> HeldPrefix:
+    """The keys and values of what several packs of rows begin with, for `completion_logps` of each of them.
 
     Autocast is the caller's, in a context of its own: weights that it casts in here have no gradient.
     """
     inner = causal_lm(model)  # whose distributed wrapper would wait for other processes
-    held = HeldPrefix(_as_tuple(prompt)[:-1], gradient=True)
+    held = HeldPrefix(_as_tuple(ids), gradient=True)
     forward_pass(inner, [held.text], LMHead(inner), share=True, keep=held)
     return held
 

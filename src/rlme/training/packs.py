@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from trl.trainer.utils import split_tensor_dict
 
 from rlme.key_values import HELD_FROM, HeldPrefix
+from rlme.prefix_tree import shared_length
 from rlme.processes import everywhere
 from rlme.scoring import plan_rows
 from rlme.sharing import may_train_held
@@ -23,15 +24,18 @@ _SUMS = ("cispo", "dapo", "vespo")
 Metrics = dict[str, list[float]]
 
 
+Group = tuple[tuple[int, ...], list[int]]  # a prompt, and its rows
+
+
 @dataclass(slots=True)
 class Pack:
     """Rows of one forward-backward pass."""
 
     rows: list[int]
-    prompt: Tensor | None = None
+    prefix: Tensor | None = None
     """What this pass and those that follow up to a `last` one begin with, where they are several."""
     last: bool = False
-    """The pass that reads the prompt for those before it."""
+    """The pass that reads the prefix for those before it."""
 
 
 def plan(
@@ -39,40 +43,84 @@ def plan(
 ) -> list[Pack]:
     """Packs of at most `token_budget` tokens, groups together.
 
-    `hold`: a group that is larger than that is computed in several passes which read its prompt once, where the model
-    allows it (dropout, which draws anew in each pass, does not); otherwise each of them reads it.
+    `hold`: what is too much for one pass and begins alike (a group that is larger, groups behind the same worked
+    examples) is computed in several passes which read that beginning once, where the model allows it (dropout, which
+    draws anew in each pass, does not); otherwise each of them reads it.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     for row, prompt in enumerate(prompts):
         groups.setdefault(tuple(prompt.tolist()), []).append(row)
     own = [max(0, len(answer) - 1) for answer in completions]  # the last token is only read
-    large = [
-        (ids, rows)
-        for ids, rows in groups.items()
-        if len(ids) > HELD_FROM and len(rows) > 1 and len(ids) + sum(own[row] for row in rows) > token_budget
-    ]
-    if large and hold:
-        ids, rows = large[0]
-        hold = may_train_held(model, [(*ids, *completions[row].tolist()) for row in rows])
+    alike = _alike(groups, own, token_budget) if hold else []
+    if alike:
+        _, members = alike[0]
+        sequences = [(*ids, *completions[row].tolist()) for ids, rows in members for row in rows]
+        alike = alike if may_train_held(model, sequences) else []
     packs: list[Pack] = []
-    for ids, rows in large if hold else ():
-        chain: list[list[int]] = [[]]
-        used = len(ids)  # the pass that reads the prompt is planned first
-        for row in rows:
-            if chain[-1] and used + own[row] > token_budget:
-                chain.append([])
-                used = 1  # the prompt's last token, whose hidden state each pass wants
-            chain[-1].append(row)
-            used += own[row]
+    for length, members in alike:
+        chain = _cut(length, members, own, token_budget)
         if len(chain) > 1:
-            prompt = prompts[rows[0]]
-            packs += [*(Pack(some, prompt) for some in chain[1:]), Pack(chain[0], prompt, last=True)]
-            del groups[ids]
+            prefix = prompts[chain[0][0]][:length]
+            packs += [*(Pack(some, prefix) for some in chain[1:]), Pack(chain[0], prefix, last=True)]
+            for ids, _ in members:
+                del groups[ids]
     rest = [row for rows in groups.values() for row in rows]
     if rest:
         whole = plan_rows(model, [prompts[row] for row in rest], [completions[row] for row in rest], token_budget)
         packs += [Pack([rest[i] for i in some]) for some in whole]
     return packs
+
+
+def _alike(
+    groups: dict[tuple[int, ...], list[int]], own: Sequence[int], token_budget: int
+) -> list[tuple[int, list[Group]]]:
+    """What shares a prefix that is worth holding and does not fit into one pass: the prefix's length, and the groups.
+
+    The last token of a prompt is no part of it: its hidden state is wanted in each pass. `own[row]` is how many tokens
+    of its completion a row computes.
+    """
+    sizes = {ids: len(ids) + sum(own[row] for row in rows) for ids, rows in groups.items()}
+    found: list[tuple[int, list[Group]]] = []
+    before: tuple[int, ...] = ()
+    for ids in sorted(groups):
+        length, members = found[-1] if found else (0, [])
+        shared = min(shared_length(before, ids), max(0, len(before) - 1))
+        # A group that needs several passes by itself goes on from what is held in each of them: from its own prompt,
+        # if most of that is its own. What many share much of is not held less of for one that shares little.
+        large = max(sizes[ids], sizes.get(before, 0)) > token_budget
+        least = max(HELD_FROM, max(len(before), len(ids)) / 2 if large else 0, length / 2 if len(members) > 1 else 0)
+        if shared >= least:
+            found[-1] = min(length, shared), [*members, (ids, groups[ids])]
+        else:
+            found.append((len(ids) - 1, [(ids, groups[ids])]))
+        before = ids
+    return [
+        (length, members)
+        for length, members in found
+        if length >= HELD_FROM and length + sum(sizes[ids] - length for ids, _ in members) > token_budget
+    ]
+
+
+def _cut(length: int, members: Sequence[Group], own: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Rows of each pass over groups that begin with the same `length` tokens: the first pass reads these, the others
+    go on from there. Groups are together where they fit."""
+    chain: list[list[int]] = [[]]
+    used = length
+    for ids, rows in members:
+        rest = len(ids) - length  # of the prompt, read in each pass that has a row of the group
+        whole = rest + sum(own[row] for row in rows)
+        if chain[-1] and used + whole > token_budget >= whole:
+            chain.append([])
+            used = 0
+        cost = rest
+        for row in rows:
+            if chain[-1] and used + cost + own[row] > token_budget:
+                chain.append([])
+                used, cost = 0, rest
+            chain[-1].append(row)
+            used += cost + own[row]
+            cost = 0
+    return chain
 
 
 def rows_of(inputs: dict[str, Any], rows: list[int]) -> dict[str, Any]:
@@ -104,14 +152,14 @@ def share_of_batch(loss_type: str, *, rows: float, tokens: float) -> float:
     return tokens if loss_type == "bnpo" else rows
 
 
-def with_prompts(
+def with_prefixes(
     packs: Sequence[Pack], read: Callable[[Tensor], HeldPrefix]
 ) -> Iterator[tuple[Pack, HeldPrefix | None]]:
     """The packs, and what several of them share: read before the first of them, let go after the last."""
     held: HeldPrefix | None = None
     for pack in packs:
-        if pack.prompt is not None and held is None:
-            held = read(pack.prompt)
+        if pack.prefix is not None and held is None:
+            held = read(pack.prefix)
         yield pack, held
         if pack.last:
             held = None

@@ -35,7 +35,7 @@ from rlme.memory import keep_freed_memory, prefer_huge_pages
 from rlme.models import slow_bfloat16
 from rlme.reward import MetaReward, Row
 from rlme.sampling import Sampled, length_to_stop, sample
-from rlme.scoring import completion_logps, read_prompt
+from rlme.scoring import completion_logps, read_prefix
 from rlme.training.order import PromptOrder
 from rlme.training.packs import (
     Pack,
@@ -46,7 +46,7 @@ from rlme.training.packs import (
     plan,
     rows_of,
     share_of_batch,
-    with_prompts,
+    with_prefixes,
 )
 from rlme.tree_attention import check_adapter
 
@@ -103,7 +103,7 @@ class RLMETrainer(KeepsRollouts, GRPOTrainer):
         self._buffered_inputs: Any
         self._sampled_logps: list[list[float]] | None = None
         self._routers: RouterLogits | None = None
-        self._held: HeldPrefix | None = None  # the prompt of a pass that is one of several of its group
+        self._held: HeldPrefix | None = None  # what a pass and others begin with
         self._gives_back = False  # it is the last of them
         self._drawn, self._draws = ("", -1), 0  # what was sampled for last, and how often before
         super().__init__(model, reward_funcs=[reward], **trl_arguments)
@@ -386,7 +386,7 @@ class RLMETrainer(KeepsRollouts, GRPOTrainer):
             batch_rows, batch_tokens = sum(sizes), max(1, sum(tokens))
             first = {key: len(values) for key, values in self._metrics["train"].items()}
             several = len(packs) > 1 and self.accelerator.num_processes > 1
-            for i, (pack, held) in enumerate(with_prompts(packs, partial(self._read_prompt, model))):
+            for i, (pack, held) in enumerate(with_prefixes(packs, partial(self._read_prefix, model))):
                 self._held, self._gives_back = held, pack.last
                 with (
                     nullcontext() if i == len(packs) - 1 else self.accelerator.no_sync(model),
@@ -471,9 +471,9 @@ class RLMETrainer(KeepsRollouts, GRPOTrainer):
             packs = plan(model, prompts, answers, self.token_budget, hold=hold)
         return as_many_as_others(packs, self.accelerator) if self.accelerator.num_processes > 1 else packs
 
-    def _read_prompt(self, model: Any, prompt: torch.Tensor) -> HeldPrefix:
+    def _read_prefix(self, model: Any, prefix: torch.Tensor) -> HeldPrefix:
         with self.accelerator.autocast():
-            return read_prompt(model, prompt)
+            return read_prefix(model, prefix)
 
     # -- bookkeeping ------------------------------------------------------------------------------------------------
 
