@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from rlme.tree_attention import PASS_ERRORS
+
 LAYERS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -64,7 +66,7 @@ def _follows(mlp: nn.Module) -> bool:
     try:
         with torch.no_grad():
             return torch.equal(cast(Any, type(mlp).forward)(layers, x), _forward(layers, x))
-    except (AttributeError, RuntimeError, TypeError):
+    except (AttributeError, *PASS_ERRORS):
         return False
 
 
