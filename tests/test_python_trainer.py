@@ -20,7 +20,14 @@ WAY = Judging("reply", "yes_no")
 
 
 def trainer_of(
-    policy: Path, folder: Path, prompts: int, *, model: Any = None, judges: Any = ("live",), **settings: Any
+    policy: Path,
+    folder: Path,
+    prompts: int,
+    *,
+    model: Any = None,
+    judges: Any = ("live",),
+    budget: int | None = None,
+    **settings: Any,
 ) -> Any:
     rows = [{"prompt": f"What is {i} plus {i}?"} for i in range(prompts)]
     arguments = GRPOConfig(
@@ -30,6 +37,7 @@ def trainer_of(
     return RLMETrainer(
         load_model(policy) if model is None else model,
         MetaReward("Is it short?", list(judges), judging=WAY),
+        token_budget=budget,
         args=arguments,
         train_dataset=Dataset.from_list(rows),
         processing_class=load_tokenizer(policy),
@@ -68,6 +76,11 @@ def test_checkpointing_keeps_its_settings_and_leaves_no_hooks(tiny_policy_dir: P
     assert hooks[-1] - hooks[0] <= 3  # TRL's own, one a batch
     layer = next(m for m in trainer.model.modules() if hasattr(m, "_gradient_checkpointing_func"))
     assert layer._gradient_checkpointing_func.keywords == {"use_reentrant": True}
+
+
+def test_passes_are_smaller_on_a_cpu_unless_told(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    assert trainer_of(tiny_policy_dir, tmp_path, 4, max_steps=1).token_budget == 1024
+    assert trainer_of(tiny_policy_dir, tmp_path, 4, max_steps=1, budget=64).token_budget == 64
 
 
 def test_what_cannot_be_is_refused(tiny_policy_dir: Path, tmp_path: Path) -> None:

@@ -290,9 +290,9 @@ class TrainConfig(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     share_prefixes: bool = True
     """Compute shared prompt and answer tokens once (checked against the plain path at the first use)."""
-    token_budget: int = Field(8192, ge=64)
+    token_budget: int | None = Field(None, ge=64)
     """Tokens in one forward pass of the loss and of judging: bounds the memory, changes no result (mixtures of experts:
-    docs/training.md)."""
+    docs/training.md). Null: 8192, and 1024 for the loss on a CPU, where larger passes take as long and more memory."""
     checkpoint_every: int = Field(50, ge=1)
     """Steps between checkpoints; a killed run resumes from the last one."""
     keep_checkpoints: int = Field(2, ge=1)

@@ -83,10 +83,15 @@ def share_of(spec: EvaluatorConfig) -> EvaluatorConfig:
 def judge_options(config: Config) -> dict[str, Any]:
     """What every evaluator in this process is given."""
     return {
-        "token_budget": config.train.token_budget,
+        "token_budget": _judging_budget(config),
         "share": config.train.share_prefixes,
         "max_context_tokens": config.judging.max_context_tokens,
     }
+
+
+def _judging_budget(config: Config) -> int:
+    """Tokens of a pass without gradient, which holds little of them."""
+    return config.train.token_budget or 8192
 
 
 def make_reward(config: Config, evaluators: list[str | Evaluator]) -> MetaReward:
@@ -119,7 +124,7 @@ def make_reward(config: Config, evaluators: list[str | Evaluator]) -> MetaReward
         rlme_weight=config.reward.rlme_weight,
         **gold,
         max_failure_rate=config.reward.max_failure_rate,
-        token_budget=config.train.token_budget,
+        token_budget=_judging_budget(config),
         share_prefixes=config.train.share_prefixes,
         max_context_tokens=config.judging.max_context_tokens,
     )

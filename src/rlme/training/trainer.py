@@ -58,7 +58,8 @@ class RLMETrainer(KeepsRollouts, GRPOTrainer):
         reward: a `MetaReward`, or a `PairwiseReward`; it is TRL's only reward function.
         share_prefixes: compute the prompt of a group once in sampling and loss. Models that cannot are served by the
             plain path, with a warning that names the reason.
-        token_budget: tokens in one forward-backward pass; whole groups are kept together where they fit.
+        token_budget: tokens in one forward-backward pass; whole groups are kept together where they fit. None: 8192,
+            on a CPU 1024.
         on_stage: called with the name of each stage (sample, judge, update) as it begins.
         checkpoint_done: called with a checkpoint's folder when everything is in it.
         on_rollouts: called with (step, rows) as soon as a batch is judged; `step` is the first update that uses it.
@@ -74,7 +75,7 @@ class RLMETrainer(KeepsRollouts, GRPOTrainer):
         reward: MetaReward,
         *,
         share_prefixes: bool = True,
-        token_budget: int = 8192,
+        token_budget: int | None = None,
         stop_strings: list[str] | None = None,
         on_rollouts: Callable[[int, list[Row]], None] | None = None,
         on_stage: Callable[[str], None] | None = None,
@@ -85,7 +86,6 @@ class RLMETrainer(KeepsRollouts, GRPOTrainer):
             raise InputError(f"reward is a {type(reward).__name__}, expected one MetaReward or PairwiseReward")
         self.reward = reward
         self.share_prefixes = share_prefixes
-        self.token_budget = token_budget
         self.stop_strings = stop_strings or []
         self.on_rollouts = on_rollouts
         self.on_stage = on_stage
@@ -107,6 +107,8 @@ class RLMETrainer(KeepsRollouts, GRPOTrainer):
         self._gives_back = False  # it is the last of them
         self._drawn, self._draws = ("", -1), 0  # what was sampled for last, and how often before
         super().__init__(model, reward_funcs=[reward], **trl_arguments)
+        # A CPU is busy with 1,024 tokens: what larger passes hold is memory for nothing.
+        self.token_budget = token_budget or (1024 if self.accelerator.device.type == "cpu" else 8192)
         if self.args.torch_compile and share_prefixes:
             raise InputError("torch_compile is true: compiled models cannot share prefixes (train.share_prefixes)")
         check_adapter(self.model)
