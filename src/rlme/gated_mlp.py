@@ -23,7 +23,6 @@ from rlme.tree_attention import PASS_ERRORS
 
 LAYERS = ("gate_proj", "up_proj", "down_proj")
 
-
 _follow: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
@@ -72,10 +71,8 @@ def _follows(mlp: nn.Module) -> bool:
 
 def _forward(mlp: Any, x: Tensor) -> Tensor:
     gate, up = mlp.gate_proj(x), mlp.up_proj(x)
-    activated = mlp.act_fn(gate)
-    if not torch.is_grad_enabled():
-        return cast(Tensor, mlp.down_proj(activated * up))
     act, kept_gate, kept_up = mlp.act_fn, gate.detach(), up.detach()
+    activated = act(gate)
     with _not_kept(activated, lambda: act(kept_gate)):
         product = activated * up
     del activated

@@ -89,7 +89,7 @@ def may_hold(model: nn.Module, sequences: Sequence[Sequence[int]], token_budget:
 
 
 def may_train_held(model: nn.Module, sequences: Sequence[Sequence[int]]) -> bool:
-    """Whether sequences that begin with one prompt may be trained in several passes of which one reads it for all."""
+    """Whether sequences that begin alike may be trained in several passes one of which reads that for all."""
     if _is_random(model) or length_kind(model) is not None or not may_share(model, sequences, gradient=True):
         return False
     return _holds(causal_lm(model), sequences, gradient=True)  # distributed wrappers do not allow torch.autograd.grad
