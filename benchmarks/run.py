@@ -38,6 +38,7 @@ from rlme.models import fast_bfloat16
 from rlme.progress import SlowProgress
 
 HERE = Path(__file__).resolve().parent
+BUILTIN = "builtin:smollm2-135m"
 STAGES = ("sample", "judge", "update", "step")
 # The project's targets on w1 and two processor cores: TRL's seconds over ours.
 BARS = {"sample": 1.5, "judge": 6.0, "update": 3.0, "step": 3.5}
@@ -281,11 +282,12 @@ def document(
 ) -> str:
     """BENCHMARKS.md."""
     w1 = results["w1"]
-    bounds = left = ""
-    chosen = f" --model DIR --workload {' '.join(options.workload)} --out FILE" if options.workload else ""
-    if profiles:
-        left = what_is_left(profiles, further)
-    if profiles and not GPU:  # the targets are two cores'
+    bounds = ""
+    chosen = f" --workload {' '.join(options.workload)} --out FILE" if options.workload else ""
+    if options.model != BUILTIN:
+        chosen = f" --model DIR{chosen}"
+    left = what_is_left(profiles, further)
+    if not GPU:  # the targets are two cores'
         bounds = f"""{target_table(w1, profiles)}
 The two last columns are bounds. *Nothing but products and attention*: ours without the other kinds of operation in the
 table below. Where the target lies above it, only fewer tokens or faster products than PyTorch's could reach it. *Most
@@ -368,7 +370,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", nargs="+", choices=sorted(WORKLOADS), help="these alone; a page only with --out")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
-    parser.add_argument("--model", default="builtin:smollm2-135m")
+    parser.add_argument("--model", default=BUILTIN)
     parser.add_argument("--out", type=Path, metavar="FILE", help="the page, instead of BENCHMARKS.md")
     parser.add_argument(
         "--steps", type=int, default=2, help=f"measured steps of each process on w1; {UNCOUNTED} more run first"
@@ -394,8 +396,7 @@ def main() -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with SlowProgress(*columns, TimeRemainingColumn(), console=console) as progress:
         total = sum(len(sides_of(name, alone=alone)) for _, name in rounds)
-        whole = not options.workload  # what a page of chosen workloads leaves out
-        task = progress.add_task("", total=total + ("w1" in chosen and (whole or alone)) + 3 * whole)
+        task = progress.add_task("", total=total + ("w1" in chosen) + 3 * (not alone))
 
         def take_turns(name: str) -> dict[str, Any]:
             """One run of each side; None for one that needs more memory than there is."""
@@ -429,11 +430,11 @@ def main() -> None:
             name: summarise({side: done for side, done in sides.items() if None not in done})
             for name, sides in runs.items()
         }
-        if "w1" in chosen and (whole or alone):
+        if "w1" in chosen:
             progress.update(task, description="a further question")
             further = finished.measured("further", lambda: run_script("further_question.py", [], options, {})[-1])
             progress.advance(task)
-        for stage in STAGES[:3] if whole else ():
+        for stage in () if alone else STAGES[:3]:
             progress.update(task, description=f"profile: {stage}")
             profiled = finished.measured(stage, partial(run_sides, ["ours"], "w1", 1, options, "--profile", stage))
             profiles[stage] = profiled[-1]["profile"]
