@@ -14,7 +14,7 @@ import time
 
 import torch
 from side import JUDGE_BUDGET, PRECISION, wall
-from workloads import QUESTIONS, WORKLOADS
+from workloads import BUILTIN, QUESTIONS, WORKLOADS
 
 from rlme.evaluators.local import LocalEvaluator
 from rlme.judging import Judging, Sample, judge
@@ -27,7 +27,7 @@ COUNTS = (1, 2, 4, 8)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="builtin:smollm2-135m")
+    parser.add_argument("--model", default=BUILTIN)
     parser.add_argument("--repeats", type=int, default=15, help="rounds; one more runs before them and is not counted")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")

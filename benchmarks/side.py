@@ -25,7 +25,7 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
-from workloads import GPU, QUESTIONS, UNCOUNTED, WORKLOADS, Workload
+from workloads import BUILTIN, GPU, QUESTIONS, UNCOUNTED, WORKLOADS, Workload
 
 from rlme.evaluators.local import LocalEvaluator
 from rlme.judging import Judging
@@ -287,7 +287,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", nargs="+", required=True, metavar="SIDE", help="ours, off, peer or peer:ROWS")
     parser.add_argument("--workload", choices=sorted(WORKLOADS), required=True)
-    parser.add_argument("--model", default="builtin:smollm2-135m")
+    parser.add_argument("--model", default=BUILTIN)
     parser.add_argument("--steps", type=int, default=2, help=f"measured steps; {UNCOUNTED} more run before them")
     parser.add_argument("--token-budget", type=int, help="of our training passes on a CPU, instead of the workload's")
     parser.add_argument("--threads", type=int, default=0)

@@ -1,4 +1,5 @@
-"""What is measured: prompts, group sizes, questions, evaluators. Speed depends on lengths, not on what is said."""
+"""What is measured: prompts, group sizes, questions, evaluators, and who runs it. Speed depends on lengths, not on what
+is said."""
 
 from __future__ import annotations
 
@@ -65,6 +66,7 @@ class Workload:
         return [[{"role": "user", "content": text}] for text in texts]
 
 
+BUILTIN = "builtin:smollm2-135m"
 GPU = torch.cuda.is_available()
 # First steps of a side. The optimizer's state and the process's heap still grow in the second; a GPU has no such heap.
 UNCOUNTED = 1 if GPU else 2
@@ -84,3 +86,24 @@ WORKLOADS = {
         Workload("evaluators-3", evaluators=3, **_SMALL),
     )
 }
+
+# What `rlme.memory.keep_freed_memory` sets, as its user would have to give it to another program.
+KEPT = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**63 - 1)}
+# Rows of a training pass on w1: all, as a GPU wants it; on two cores, of 1, 2, 4, 8, 16 and 32, TRL's fastest update.
+BEST = 32 if GPU else 2
+SIDES = {
+    "ours": "ours",
+    "peer": "TRL",
+    "peer_best": f"TRL, {BEST} rows",
+    "peer_kept": "TRL, memory kept",
+    "off": "sharing off",
+}
+
+
+def sides_of(name: str, *, alone: bool) -> tuple[str, ...]:
+    """Who runs a workload; `alone`: without a page."""
+    if alone:
+        return ("ours", "peer", "peer_best") if name == "w1" else ("ours", "peer")
+    if name == "w1":
+        return ("ours", "peer", "peer_best", "off" if GPU else "peer_kept")  # GPUs have no C library's heap
+    return ("ours", "peer", "off")
