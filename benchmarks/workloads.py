@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-from rlme.models import fast_bfloat16
-
 # Word problems of the length of GSM8K's; written for this file.
 PROBLEMS = (
     "A baker fills 14 trays with 12 rolls each in the morning. At noon she gives a quarter of the rolls to a school "
@@ -74,8 +72,7 @@ _SMALL = {"prompts": 1, "completion_tokens": 64}
 WORKLOADS = {
     w.name: w
     for w in (
-        # Holds the group of one prompt, and is as fast as 2048; in float32 half of it is, too.
-        Workload("w1", token_budget=1024 if fast_bfloat16() else 512),
+        Workload("w1", token_budget=1024),  # holds the group of one prompt; as fast as 2048
         Workload("prompt-64", prompt_tokens=64, **_SMALL),
         Workload("prompt-1024", prompt_tokens=1024, **_SMALL),
         Workload("group-2", group=2, **_SMALL),
