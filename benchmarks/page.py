@@ -111,13 +111,15 @@ def question_table(questions: dict[str, dict[str, Any]]) -> str:
 def on_a_cpu(w1: dict[str, Any]) -> str:
     """What has to be said of the sides of w1 where the C library's heap and two cores count."""
     step = w1["stages"]["step"]
+    saved = 1 - step["peer_kept_s"] / step["peer_s"]
+    share = f"{saved:.0%} of *TRL*'s step" if saved > 0 else "nothing that shows in *TRL*'s step here"
     return f"""*TRL, {BEST} rows* trains with
 `per_device_train_batch_size={BEST}`: of 1, 2, 4, 8, 16 and 32 rows (`benchmarks/side.py --side peer:N --workload w1`)
 the fastest update on two cores, and with little memory. Our training passes hold at most
 {WORKLOADS["w1"].token_budget:,} tokens.
 
 On Linux, the C library gives the memory of freed tensors back to the system and asks for it again, which is
-{100 * (1 - step["peer_kept_s"] / step["peer_s"]):.0f} % of *TRL*'s step; our trainer tells it not to (`rlme.memory`).
+{share}; our trainer tells it not to (`rlme.memory`).
 *TRL, memory kept* is TRL with its defaults and the same settings given from outside, by environment variables
 ({", ".join(f"`{k}={v}`" for k, v in KEPT.items())}): what its user can have who knows of them."""
 
