@@ -14,11 +14,11 @@ import time
 
 import torch
 from side import JUDGE_BUDGET, PRECISION, wall
-from workloads import BUILTIN, QUESTIONS, WORKLOADS
+from workloads import QUESTIONS, WORKLOADS
 
 from rlme.evaluators.local import LocalEvaluator
 from rlme.judging import Judging, Sample, judge
-from rlme.models import load_model, load_tokenizer
+from rlme.models import BUILTIN, load_model, load_tokenizer
 from rlme.questions import Question
 from rlme.sampling import sample
 

@@ -7,7 +7,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from workloads import BEST, BUILTIN, GPU, KEPT, SIDES, UNCOUNTED, WORKLOADS, sides_of
+from workloads import BEST, GPU, KEPT, SIDES, UNCOUNTED, WORKLOADS, sides_of
+
+from rlme.models import BUILTIN
 
 STAGES = ("sample", "judge", "update", "step")
 # The project's targets on w1 and two processor cores: TRL's seconds over ours.

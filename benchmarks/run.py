@@ -31,10 +31,10 @@ import psutil
 from page import STAGES, document, question_table, stage_table
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from workloads import BEST, BUILTIN, GPU, KEPT, SIDES, UNCOUNTED, WORKLOADS, sides_of
+from workloads import BEST, GPU, KEPT, SIDES, UNCOUNTED, WORKLOADS, sides_of
 
 from rlme.folders import replace_file
-from rlme.models import fast_bfloat16
+from rlme.models import BUILTIN, fast_bfloat16
 from rlme.progress import SlowProgress
 
 HERE = Path(__file__).resolve().parent

@@ -25,11 +25,11 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
-from workloads import BUILTIN, GPU, QUESTIONS, UNCOUNTED, WORKLOADS, Workload
+from workloads import GPU, QUESTIONS, UNCOUNTED, WORKLOADS, Workload
 
 from rlme.evaluators.local import LocalEvaluator
 from rlme.judging import Judging
-from rlme.models import fast_bfloat16, load_model, load_tokenizer
+from rlme.models import BUILTIN, fast_bfloat16, load_model, load_tokenizer
 from rlme.questions import MARKER, PAPER, READOUTS
 from rlme.reward import MetaReward
 from rlme.templating import render

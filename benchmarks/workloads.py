@@ -64,7 +64,6 @@ class Workload:
         return [[{"role": "user", "content": text}] for text in texts]
 
 
-BUILTIN = "builtin:smollm2-135m"
 GPU = torch.cuda.is_available()
 # First steps of a side. The optimizer's state and the process's heap still grow in the second; a GPU has no such heap.
 UNCOUNTED = 1 if GPU else 2
