@@ -21,7 +21,7 @@ from side import wall
 from workloads import QUESTIONS
 
 from rlme.memory import keep_freed_memory, prefer_huge_pages
-from rlme.models import load_model, load_tokenizer
+from rlme.models import BUILTIN, load_model, load_tokenizer
 from rlme.scoring import completion_logps, continuation_logprobs, read_prefix
 from rlme.training.packs import plan, with_prefixes
 from rlme.tree_attention import device_of
@@ -32,7 +32,7 @@ WAYS = {"one pass": (ONE_PASS, True), "passes, text held": (None, True), "passes
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="builtin:smollm2-135m")
+    parser.add_argument("--model", default=BUILTIN)
     parser.add_argument("--prompt", type=int, default=2000, help="its tokens")
     parser.add_argument("--budget", type=int, default=2048, help="tokens of a pass")
     parser.add_argument("--repeats", type=int, default=1)

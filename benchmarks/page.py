@@ -53,10 +53,11 @@ def target_table(summary: dict[str, Any], profiles: dict[str, Any]) -> str:
     head = ["stage", "target", "measured", *(f"against {SIDES[side]}" for side in peers[1:])]
     head += ["with nothing but products and attention", "most that the tokens allow"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    bounded = bounds(summary, profiles)
     for stage in STAGES:
         row = summary["stages"][stage]
         cells = [NAMES[stage], str(BARS[stage]), *(f"{row[f'{side}_ratio']:.2f}" for side in peers)]
-        cells += [f"{row['peer_s'] / bound[stage]:.1f}" for bound in bounds(summary, profiles)]
+        cells += [f"{row['peer_s'] / bound[stage]:.1f}" for bound in bounded]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
